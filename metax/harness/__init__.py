@@ -1,0 +1,1 @@
+"""The host side of a run: it knows loops and no method."""

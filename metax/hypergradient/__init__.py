@@ -1,0 +1,1 @@
+"""Learning rates that learn themselves while the model trains."""

@@ -1,0 +1,35 @@
+"""Settings every test shares: double precision, and the optional real data."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture(scope="session")
+def tfds_dir() -> Path:
+    """Folder of prepared tensorflow-datasets sets; skips where there is none."""
+    candidates = [
+        os.environ.get("TFDS_DATA_DIR"),
+        Path(__file__).parents[2] / "shared" / "data" / "tfds",
+        Path.home() / "tensorflow_datasets",
+    ]
+    for candidate in candidates:
+        if candidate and (Path(candidate) / "mnist").is_dir():
+            return Path(candidate)
+    pytest.skip(
+        "no prepared MNIST: set TFDS_DATA_DIR (see experiments/prepare_data.py)"
+    )
+
+
+@pytest.fixture(scope="session")
+def golden_path() -> Path:
+    """The reference trajectories; skips where they are not at hand."""
+    default = Path(__file__).parents[2] / "shared" / "golden" / "hypergradient.json"
+    path = Path(os.environ.get("METAX_GOLDEN", default))
+    if not path.is_file():
+        pytest.skip("no reference trajectories: set METAX_GOLDEN to hypergradient.json")
+    return path
