@@ -1,1 +1,21 @@
-"""Learning rates that learn themselves while the model trains."""
+"""Learning rates that learn themselves while the model trains.
+
+`hypergradient_descent` puts the rule of Baydin et al. (ICLR 2018) around any optax
+transformation; `sgd_hd`, `adam_hd` and `adamw_hd` are ready-made.
+"""
+
+from metax.hypergradient.descent import (
+    HypergradientDescentState,
+    adam_hd,
+    adamw_hd,
+    hypergradient_descent,
+    sgd_hd,
+)
+
+__all__ = [
+    "HypergradientDescentState",
+    "adam_hd",
+    "adamw_hd",
+    "hypergradient_descent",
+    "sgd_hd",
+]
