@@ -99,7 +99,7 @@ def _elementwise(grad: Any, direction: Any, rule: str) -> tuple[Any, Any]:
     if rule == "additive":
         return h, h
     # The cosine of two numbers: of their signs alone, which cannot underflow.
-    sign = lambda tree: jax.tree.map(jnp.sign, tree)  # noqa: E731
+    sign = lambda tree: jax.tree.map(jnp.sign, tree)
     return h, jax.tree.map(product, sign(grad), sign(direction))
 
 

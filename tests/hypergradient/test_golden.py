@@ -94,7 +94,7 @@ def run(rule, loss, start, mode, steps=50):
 
 
 def compare(record, reference, config, tolerance):
-    close = lambda got, want: np.testing.assert_allclose(  # noqa: E731
+    close = lambda got, want: np.testing.assert_allclose(
         np.asarray(got).reshape(50, -1), np.asarray(want).reshape(50, -1), rtol=0,
         atol=tolerance,
     )  # fmt: skip
