@@ -169,11 +169,12 @@ def inner_loop(
         if task.carry is not None:
             params = task.carry(params, state.params, batch, key_loss)
         grad_norm = optax.tree.norm(grad)
+        observed = () if observe is None else observe(opt_state)
         info = InnerInfo(
             loss=loss,
             grad_norm=grad_norm,
             is_finite=jnp.isfinite(loss) & jnp.isfinite(grad_norm),
-            observed=() if observe is None else observe(opt_state),
+            observed=jax.tree.map(jnp.asarray, observed),
         )
         return InnerState(params=params, opt_state=opt_state), info
 
