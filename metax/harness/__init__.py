@@ -1,1 +1,53 @@
 """The host side of a run: it knows loops and no method."""
+
+from metax.harness.checkpoint import latest_step, restore_checkpoint, save_checkpoint
+from metax.harness.cli import RunOptions, parse
+from metax.harness.evaluation import evaluate, grid, replicate
+from metax.harness.files import write_json
+from metax.harness.plot import plot_curves, plot_panels
+from metax.harness.recording import mean_rows, record_run
+from metax.harness.records import (
+    append_metrics,
+    create_run,
+    read_config,
+    read_metrics,
+    trim_metrics,
+    write_summary,
+)
+from metax.harness.stats import (
+    Interval,
+    bootstrap_interval,
+    iqm,
+    mean_interval,
+    paired_difference,
+)
+from metax.harness.training import NonFiniteError, train
+
+__all__ = [
+    "Interval",
+    "NonFiniteError",
+    "RunOptions",
+    "append_metrics",
+    "bootstrap_interval",
+    "create_run",
+    "evaluate",
+    "grid",
+    "iqm",
+    "latest_step",
+    "mean_interval",
+    "mean_rows",
+    "paired_difference",
+    "parse",
+    "plot_curves",
+    "plot_panels",
+    "read_config",
+    "read_metrics",
+    "record_run",
+    "replicate",
+    "restore_checkpoint",
+    "save_checkpoint",
+    "train",
+    "trim_metrics",
+    "write_json",
+    "write_summary",
+]

@@ -13,12 +13,15 @@ from metax.hypergradient.descent import (
     hypergradient_descent,
     sgd_hd,
 )
+from metax.hypergradient.hdm import HDMHBState, hdm_hb
 
 __all__ = [
+    "HDMHBState",
     "HypergradientDescentState",
     "adam_hd",
     "adamw_hd",
     "check_hypergradient",
+    "hdm_hb",
     "hypergradient_descent",
     "sgd_hd",
 ]

@@ -265,8 +265,7 @@ def sgd_hd(
     base = optax.identity()
     if momentum is not None:
         base = optax.trace(momentum, nesterov=nesterov)
-    beta = _unless_replaced(hyper_learning_rate, 1e-3, options)
-    return hypergradient_descent(base, learning_rate, beta, **options)
+    return _ready_made(base, learning_rate, hyper_learning_rate, 1e-3, options)
 
 
 def adam_hd(
@@ -322,8 +321,7 @@ def adam_hd(
       root of the bias correction.
     """
     base = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-    beta = _unless_replaced(hyper_learning_rate, 1e-7, options)
-    return hypergradient_descent(base, learning_rate, beta, **options)
+    return _ready_made(base, learning_rate, hyper_learning_rate, 1e-7, options)
 
 
 def adamw_hd(
@@ -366,11 +364,19 @@ def adamw_hd(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root),
         optax.add_decayed_weights(weight_decay),
     )
-    beta = _unless_replaced(hyper_learning_rate, 1e-7, options)
-    return hypergradient_descent(base, learning_rate, beta, **options)
+    return _ready_made(base, learning_rate, hyper_learning_rate, 1e-7, options)
 
 
-def _unless_replaced(beta: Any, default: float, options: dict) -> Any:
+def _ready_made(
+    base: optax.GradientTransformation,
+    learning_rate: Any,
+    beta: Any,
+    default_beta: float,
+    options: dict[str, Any],
+) -> optax.GradientTransformationExtraArgs:
+    # optax.inject_hyperparams hands **options on as one argument of that name.
+    options = {**options.pop("options", {}), **options}
     replaced = options.get("hyper_optimizer") is not None
-    untouched = isinstance(beta, float) and beta == default
-    return None if replaced and untouched else beta
+    if replaced and isinstance(beta, float) and beta == default_beta:
+        beta = None
+    return hypergradient_descent(base, learning_rate, beta, **options)

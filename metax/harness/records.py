@@ -1,0 +1,241 @@
+"""The directory of a run: plain files that survive a kill at any moment.
+
+    config.json     what was asked for, written before anything is computed
+    metrics.jsonl   one JSON object a row, appended while the run goes
+    summary.json    the outcome, with versions, device, wall time and git commit
+
+JSON has neither NaN nor infinity: both are written as null, and `read_metrics` reads
+null as NaN. Whole files are replaced in one act, so a reader never meets a half of one.
+"""
+
+import json
+import math
+import os
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from platform import python_version
+from typing import Any
+
+import jax
+
+from metax.harness.files import (
+    dump_json,
+    make_folder,
+    named_parts,
+    replacing,
+    write_json,
+)
+
+__all__ = [
+    "append_metrics",
+    "create_run",
+    "read_config",
+    "read_metrics",
+    "trim_metrics",
+    "write_summary",
+]
+
+PACKAGES = ("metax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def create_run(directory: str | os.PathLike, config: Any) -> Path:
+    """Makes the directory of a run, or opens that of an earlier one with this config.
+
+    Call it before anything is computed: it tries to write, so a folder that cannot be
+    written is found out now and not after an hour.
+
+    Args:
+      directory: the folder to make, with its parents.
+      config: a dataclass, NamedTuple or mapping of plain scalars (or tuples of them).
+
+    Returns:
+      The folder, which now holds `config.json`.
+
+    Raises:
+      ValueError: the folder cannot be written, it holds the run of another config, or
+        the config holds something that JSON does not.
+    """
+    config = _plain_config(config)
+    folder = make_folder(directory, "create_run(directory=...)")
+    if not (folder / "config.json").exists():
+        write_json(folder / "config.json", config)
+        return folder
+    stored = read_config(folder)
+    differing = {
+        name: (stored.get(name), config.get(name))
+        for name in sorted(stored.keys() | config.keys())
+        if name not in stored or name not in config or stored[name] != config[name]
+    }
+    if differing:
+        raise ValueError(
+            f"`create_run(directory={str(folder)!r})` holds the run of another config: "
+            f"(stored, given) differ in {differing}. Choose another folder (--out), or "
+            "give the stored config."
+        )
+    return folder
+
+
+def read_config(run: str | os.PathLike) -> dict[str, Any]:
+    """Reads `config.json` of a run.
+
+    Args:
+      run: the folder of the run.
+
+    Returns:
+      The config as a dict; tuples come back as lists.
+
+    Raises:
+      FileNotFoundError: the folder holds no `config.json`.
+      ValueError: the file is no JSON object.
+    """
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"`read_config(run={str(run)!r})` must be the folder of a run; it holds no "
+            "config.json."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} must hold JSON; {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object; got {config!r}.")
+    return config
+
+
+def append_metrics(run: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends rows to `metrics.jsonl` and has them on disk when it returns.
+
+    Args:
+      run: the folder of the run.
+      rows: flat mappings of names to scalars, numpy's included; by convention `step` is
+        the number of steps done when the row was measured.
+    """
+    text = "".join(dump_json(row) + "\n" for row in rows)
+    with (Path(run) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_metrics(run: str | os.PathLike) -> list[dict[str, Any]]:
+    """Reads the rows of `metrics.jsonl`; null becomes NaN.
+
+    Args:
+      run: the folder of the run.
+
+    Returns:
+      One dict a row, none where there is no file. A last line that a kill left half
+      written is not counted.
+
+    Raises:
+      ValueError: another line is no JSON.
+    """
+    path = Path(run) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    # a whole row ends in a newline: what stands after the last one is half a row
+    return [_read_row(path, number, line) for number, line in enumerate(lines[:-1], 1)]
+
+
+def trim_metrics(run: str | os.PathLike, step: int) -> None:
+    """Drops the rows of `metrics.jsonl` that were measured after `step` steps.
+
+    A run that goes on from a checkpoint at `step` writes these rows again; rows without
+    a `step` stay. A half-written last line goes as well.
+
+    Args:
+      run: the folder of the run.
+      step: the number of steps done, that of the checkpoint.
+    """
+    kept = [row for row in read_metrics(run) if row.get("step", step) <= step]
+    path = Path(run) / "metrics.jsonl"
+    if path.exists():
+        with replacing(path) as temporary:
+            text = "".join(dump_json(row) + "\n" for row in kept)
+            temporary.write_text(text, encoding="utf-8")
+
+
+def write_summary(
+    run: str | os.PathLike, summary: Mapping[str, Any], *, wall_time: float
+) -> None:
+    """Writes `summary.json`: the outcome, and what it takes to trust it later.
+
+    Added to `summary` are `wall_time`, `versions` (python, metax, jax, jaxlib, flax,
+    optax, numpy), `device` (`kind` and `count`) and `git_commit`.
+
+    Args:
+      run: the folder of the run.
+      summary: names to JSON values or arrays.
+      wall_time: seconds the run took, by the caller's clock.
+
+    Raises:
+      ValueError: `summary` has one of the added names.
+    """
+    devices = jax.devices()
+    added = {
+        "wall_time": wall_time,
+        "versions": {"python": python_version(), **_versions()},
+        "device": {"kind": devices[0].device_kind, "count": len(devices)},
+        "git_commit": _git_commit(),
+    }
+    taken = sorted(added.keys() & summary.keys())
+    if taken:
+        raise ValueError(
+            f"`write_summary(summary=...)` must not have the names {taken}, which are "
+            "added here; rename them."
+        )
+    write_json(Path(run) / "summary.json", {**summary, **added})
+
+
+def _read_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}, must hold JSON; {error}.") from error
+    return {name: math.nan if value is None else value for name, value in row.items()}
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    named = named_parts(config)
+    if named is None:
+        raise ValueError(
+            "`create_run(config=...)` must be a dataclass, NamedTuple or mapping; got "
+            f"{type(config).__name__}."
+        )
+    for name, value in named.items():
+        items = value if isinstance(value, list | tuple) else [value]
+        if not all(_is_plain(item) for item in items):
+            raise ValueError(
+                "`create_run(config=...)` must hold plain finite scalars or tuples of "
+                f"them (None for no limit); got {name}={value!r}."
+            )
+    return json.loads(dump_json(named))
+
+
+def _is_plain(value: Any) -> bool:
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    return isinstance(value, bool | int | float | str | None) and is_finite
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _git_commit() -> str | None:
+    """The commit of the folder the command runs in, with -dirty if it was edited."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None
