@@ -49,8 +49,9 @@ class Task(NamedTuple):
       carry: None, or `carry(updated, params, batch, key) -> params`: writes into
         `updated` what the forward pass of `loss(params, batch, key)` produced that is
         no weight, batch-norm statistics for example. `loss` must stop the gradient of
-        such leaves; whatever the rule did to them is overwritten. Under jit the
-        forward pass is shared with that of the loss and costs nothing.
+        such leaves; whatever the rule did to them is overwritten, but a rule that sums
+        over leaves should be masked to the others. Under jit XLA shares the forward
+        pass with that of the loss where it recognises the two as one.
     """
 
     init: Callable[[jax.Array], Params]

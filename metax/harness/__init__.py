@@ -9,6 +9,7 @@ from metax.harness.recording import mean_rows, record_run
 from metax.harness.records import (
     append_metrics,
     create_run,
+    long_rows,
     read_config,
     read_metrics,
     trim_metrics,
@@ -34,6 +35,7 @@ __all__ = [
     "grid",
     "iqm",
     "latest_step",
+    "long_rows",
     "mean_interval",
     "mean_rows",
     "paired_difference",

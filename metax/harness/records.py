@@ -19,6 +19,7 @@ from platform import python_version
 from typing import Any
 
 import jax
+import numpy as np
 
 from metax.harness.files import (
     dump_json,
@@ -31,6 +32,7 @@ from metax.harness.files import (
 __all__ = [
     "append_metrics",
     "create_run",
+    "long_rows",
     "read_config",
     "read_metrics",
     "trim_metrics",
@@ -103,6 +105,47 @@ def read_config(run: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object; got {config!r}.")
     return config
+
+
+def long_rows(
+    measured: Mapping[str, Any], axes: Mapping[str, Iterable[Any]], **constant: Any
+) -> list[dict[str, Any]]:
+    """Turns named arrays that share their axes into rows, one an index.
+
+    Args:
+      measured: names to arrays, all of one shape, with an axis for each of `axes`.
+      axes: names to coordinates, in the order of the axes.
+      **constant: columns that are the same in every row.
+
+    Returns:
+      The rows, the last axis running fastest.
+
+    Raises:
+      ValueError: an array has not the shape that the coordinates give.
+
+    Example:
+      >>> from metax.harness import long_rows
+      >>> axes = {"seed": [0], "epoch": [1, 2]}
+      >>> long_rows({"loss": [[3.0, 2.0]]}, axes, method="sgd")[1]
+      {'method': 'sgd', 'seed': 0, 'epoch': 2, 'loss': 2.0}
+    """
+    arrays = {name: np.asarray(values) for name, values in measured.items()}
+    coordinates = [list(values) for values in axes.values()]
+    wanted = tuple(len(values) for values in coordinates)
+    wrong = {name: x.shape for name, x in arrays.items() if x.shape != wanted}
+    if wrong:
+        raise ValueError(
+            f"`long_rows(measured=...)` must have the shape {wanted} of its axes "
+            f"{tuple(axes)}; got {wrong}."
+        )
+    return [
+        {
+            **constant,
+            **{name: c[i] for name, c, i in zip(axes, coordinates, index, strict=True)},
+            **{name: values[index].item() for name, values in arrays.items()},
+        }
+        for index in np.ndindex(wanted)
+    ]
 
 
 def append_metrics(run: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from metax.harness import (
     append_metrics,
     create_run,
+    long_rows,
     read_config,
     read_metrics,
     trim_metrics,
@@ -145,3 +146,19 @@ def test_summary_outside_of_a_repository_has_no_commit(tmp_path, monkeypatch):
 def test_summary_names_are_not_overwritten(tmp_path):
     with pytest.raises(ValueError, match="wall_time"):
         write_summary(tmp_path, {"wall_time": 3.0}, wall_time=1.0)
+
+
+def test_long_rows_have_a_column_for_each_axis_and_constant():
+    axes = {"seed": [3, 5], "epoch": [1, 2, 3]}
+    measured = {"loss": np.arange(6.0).reshape(2, 3), "good": np.ones((2, 3), bool)}
+    rows = long_rows(measured, axes, method="sgd")
+    assert len(rows) == 6
+    assert rows[4] == {
+        "method": "sgd", "seed": 5, "epoch": 2, "loss": 4.0, "good": True,
+    }  # fmt: skip
+    assert type(rows[0]["loss"]) is float
+
+
+def test_long_rows_refuse_arrays_of_another_shape():
+    with pytest.raises(ValueError, match=r"shape \(2,\).*'loss': \(3,\)"):
+        long_rows({"loss": np.ones(3)}, {"seed": [0, 1]})

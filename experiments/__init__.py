@@ -1,0 +1,1 @@
+"""One thin script a table or figure; run as `python -m experiments.<name>`."""
