@@ -4,8 +4,8 @@ Two tables. "failure": Adam-HD on MNIST's MLP with β from 1e-4 to 1e-7, unguard
 behind each guard: the learning rate after the first steps, the first step whose loss is
 not finite, and the mean training loss. "law": the largest stable β of the additive rule
 around Adam on noisy quadratics of n parameters, times n, and whether the two normalised
-rules are stable at fixed β. As a function of α the loss has curvature dᵀHd, and ‖d‖² ≈ n
-for Adam, so the additive rule needs β ≲ 10/(L·n); the normalised ones lose the n.
+rules are stable at fixed β. As a function of α the loss has curvature dᵀHd, and for Adam
+‖d‖² ≈ n, so the additive rule needs β ≲ 10/(L·n); the normalised ones lose the n.
 
     python -m experiments.hypergradient_stability                   1 minute on 2 cores
     python -m experiments.hypergradient_stability --preset paper    3 minutes
@@ -133,8 +133,8 @@ def is_stable(
 ) -> np.ndarray:
     """[seeds, settings]: never above 10 times the first loss, and at the end below."""
     loop, key = grid(build, np.float32(betas)), jax.random.key(config.seed)
-    how = {"num_seeds": config.num_seeds}
-    _, infos = evaluate(loop, np.float32(eigenvalues), key, QUADRATIC_STEPS, **how)
+    seeds, data = config.num_seeds, np.float32(eigenvalues)
+    _, infos = evaluate(loop, data, key, QUADRATIC_STEPS, num_seeds=seeds)
     loss = np.nan_to_num(infos.loss, nan=np.inf)
     first = loss[:, :1]
     return (loss <= 10 * first).all(1) & (loss[:, -1] < first[:, 0])
