@@ -11,8 +11,10 @@ null as NaN. Whole files are replaced in one act, so a reader never meets a half
 import json
 import math
 import os
+import shlex
 import subprocess
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from platform import python_version
@@ -207,8 +209,9 @@ def write_summary(
 ) -> None:
     """Writes `summary.json`: the outcome, and what it takes to trust it later.
 
-    Added to `summary` are `wall_time`, `versions` (python, metax, jax, jaxlib, flax,
-    optax, numpy), `device` (`kind` and `count`) and `git_commit`.
+    Added to `summary` are `command` (without `--out` and `--resume`, which name folders
+    of one machine), `wall_time`, `versions` (python, metax, jax, jaxlib, flax, optax,
+    numpy), `device` (`kind` and `count`) and `git_commit`.
 
     Args:
       run: the folder of the run.
@@ -220,6 +223,7 @@ def write_summary(
     """
     devices = jax.devices()
     added = {
+        "command": _command(sys.argv),
         "wall_time": wall_time,
         "versions": {"python": python_version(), **_versions()},
         "device": {"kind": devices[0].device_kind, "count": len(devices)},
@@ -232,6 +236,19 @@ def write_summary(
             "added here; rename them."
         )
     write_json(Path(run) / "summary.json", {**summary, **added})
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command line as one types it: `python -m package.script --flag value`."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    script = f"-m {spec.name}" if spec is not None else Path(argv[0]).name
+    flags = list(argv[1:])
+    for folder in ("--out", "--resume"):
+        if folder in flags:
+            at = flags.index(folder)
+            del flags[at : at + 2]
+        flags = [flag for flag in flags if not flag.startswith(f"{folder}=")]
+    return shlex.join(["python", *script.split(), *flags])
 
 
 def _read_row(path: Path, number: int, line: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+import sys
 from typing import NamedTuple
 
 import jax
@@ -162,3 +163,12 @@ def test_long_rows_have_a_column_for_each_axis_and_constant():
 def test_long_rows_refuse_arrays_of_another_shape():
     with pytest.raises(ValueError, match=r"shape \(2,\).*'loss': \(3,\)"):
         long_rows({"loss": np.ones(3)}, {"seed": [0, 1]})
+
+
+def test_command_is_as_typed_but_names_no_folder(monkeypatch, tmp_path):
+    argv = ["script.py", "--epochs", "2", "--out", "here", "--resume=there"]
+    monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setattr("sys.modules", {**sys.modules, "__main__": None})
+    write_summary(tmp_path, {}, wall_time=1.0)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["command"] == "python script.py --epochs 2"
