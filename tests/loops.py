@@ -1,0 +1,77 @@
+"""The rows of the loops battery: every Loop of metax, with data to run it on.
+
+A new Loop is one row of `LOOPS`. Rows are built by functions, since the battery also
+builds them anew in another process.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metax import Loop, Task, inner_loop
+from metax.harness import grid, replicate
+from metax.hypergradient import adam_hd
+from metax.tasks import Dataset, Split, epochs
+
+
+class Case(NamedTuple):
+    """One Loop as the battery runs it.
+
+    Attributes:
+      build: makes the loop.
+      data: makes its data.
+      poison: makes data on which a step is not finite.
+    """
+
+    build: Callable[[], Loop]
+    data: Callable[[], Any]
+    poison: Callable[[], Any]
+
+
+def _regression() -> Task:
+    """Least squares on `Split`s whose images are vectors, with noise on the loss."""
+
+    def loss(params: Any, batch: Split, key: jax.Array) -> jax.Array:
+        noise = 0.01 * jax.random.normal(key, batch.label.shape)
+        return jnp.mean((batch.image @ params["w"] + noise - batch.label) ** 2)
+
+    return Task(
+        init=lambda key: {"w": 0.1 * jax.random.normal(key, (3,))},
+        loss=loss,
+        sample=lambda data, key: data,
+        evaluate=lambda params, data: {"loss": jnp.mean(data.image @ params["w"])},
+    )
+
+
+def _inner(alpha: Any = 0.01) -> Loop:
+    rate = lambda state: optax.tree.get(state, "learning_rate")
+    rule = adam_hd(alpha, 0.02, rule="multiplicative")
+    return inner_loop(_regression(), rule, observe=rate)
+
+
+def _split(value: float = 1.0) -> Split:
+    x = jax.random.normal(jax.random.key(7), (10, 3))
+    return Split(image=x, label=value * jnp.sum(x, axis=1))
+
+
+def _set(value: float = 1.0) -> Dataset:
+    return Dataset(train=_split(value), test=_split())
+
+
+def _epochs() -> Loop:
+    evaluate = lambda state, test: _regression().evaluate(state.params, test)
+    return epochs(_inner(), 4, evaluate=evaluate)
+
+
+NAN = float("nan")
+LOOPS = {
+    "inner_loop": Case(_inner, _split, lambda: _split(NAN)),
+    "epochs": Case(_epochs, _set, lambda: _set(NAN)),
+    "replicate": Case(lambda: replicate(_inner(), 3), _split, lambda: _split(NAN)),
+    "grid": Case(
+        lambda: grid(_inner, jnp.array([0.01, 0.1])), _split, lambda: _split(NAN)
+    ),
+}
