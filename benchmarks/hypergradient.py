@@ -2,6 +2,7 @@
 
     python -m benchmarks.hypergradient                       about 2 minutes on 2 cores
     python -m benchmarks.hypergradient --sizes 100000000     on a GPU
+    python -m benchmarks.hypergradient --out DIR             writes DIR/summary.json too
 
 One step is `rule.update` and `optax.apply_updates`, compiled, on float32 parameters,
 with the gradients as inputs; parameters and state are donated. All rules of a size run
@@ -26,6 +27,7 @@ Below that, the compilations that eight steps with eight learning rates needed.
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +36,7 @@ import numpy as np
 import optax
 from optax import contrib
 
+from metax.harness import create_run, write_summary
 from metax.hypergradient import adam_hd, sgd_hd
 
 
@@ -110,7 +113,7 @@ def compile_step(row: Row, params: list, grads: list) -> Compiled:
     )
 
 
-def measure(size: int, num_leaves: int, num_rounds: int) -> None:
+def measure(size: int, num_leaves: int, num_rounds: int) -> list[dict[str, Any]]:
     params, grads = (leaves_of(size, num_leaves, value) for value in (1.0, 0.01))
     steps = {name: compile_step(row, params, grads) for name, row in ROWS.items()}
     times: dict[str, list[float]] = {name: [] for name in ROWS}
@@ -122,25 +125,36 @@ def measure(size: int, num_leaves: int, num_rounds: int) -> None:
                 jax.block_until_ready(compiled.arguments)
                 elapsed = time.perf_counter() - begin
             times[name].append(1e3 * elapsed)
-    show(size, num_leaves, steps, times)
+    rows = [
+        {"parameters": f"{size:.0e}", "leaves": num_leaves, "rule": name}
+        | _columns(name, steps[name], times)
+        for name in ROWS
+    ]
+    for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
+        print(
+            f"{row['rule']:24}"
+            + "".join(f"{cell:>8}" for cell in list(row.values())[3:])
+        )
+    return rows
 
 
-def show(size: int, num_leaves: int, steps: dict, times: dict) -> None:
-    print(f"\n{size:.0e} parameters, {num_leaves} leaves")
-    heads = ("ms", "p10", "p90", "ratio", "limit", "stream", "words", "temp", "state")
-    print(f"{'rule':24}" + "".join(f"{head:>8}" for head in heads))
-    for name, row in ROWS.items():
-        plain, this = ROWS[row.family], steps[name]
-        low, middle, high = np.percentile(times[name], [10, 50, 90])
-        cells = [
-            *(f"{time:.3f}" for time in (middle, low, high)),
-            # Of one round each: load that comes and goes hits both sides of a quotient.
-            f"{np.median(np.divide(times[name], times[row.family])):.2f}",
-            _quotient(row.limit, plain.limit),
-            _quotient(row.stream, plain.stream),
-            *(f"{number:.2f}" for number in (this.words, this.temp, this.state)),
-        ]
-        print(f"{name:24}" + "".join(f"{cell:>8}" for cell in cells))
+def _columns(
+    name: str, this: Compiled, times: dict[str, list[float]]
+) -> dict[str, str]:
+    row, plain = ROWS[name], ROWS[ROWS[name].family]
+    low, middle, high = np.percentile(times[name], [10, 50, 90])
+    return {
+        "ms": f"{middle:.3f}",
+        "p10": f"{low:.3f}",
+        "p90": f"{high:.3f}",
+        # Of one round each: load that comes and goes hits both sides of a quotient.
+        "ratio": f"{np.median(np.divide(times[name], times[row.family])):.2f}",
+        "limit": _quotient(row.limit, plain.limit),
+        "stream": _quotient(row.stream, plain.stream),
+        "words": f"{this.words:.1f}",
+        "temp": f"{this.temp:.2f}",
+        "state": f"{this.state:.2f}",
+    }
 
 
 def _quotient(words: float | None, plain: float | None) -> str:
@@ -168,15 +182,22 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10**5, 10**6, 10**7])
     parser.add_argument("--leaves", type=int, nargs="+", default=[1, 50])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    device = jax.devices()[0]
+    config = {"sizes": arguments.sizes, "leaves": arguments.leaves}
+    run = None if arguments.out is None else create_run(arguments.out, config)
+    begin, device, rows = time.perf_counter(), jax.devices()[0], []
     print(
         f"jax {jax.__version__}, {device.device_kind}, {jax.device_count()} device(s)"
     )
     for size in arguments.sizes:
         for num_leaves in arguments.leaves:
-            measure(size, num_leaves, arguments.rounds)
+            print(f"\n{size:.0e} parameters, {num_leaves} leaves")
+            rows += measure(size, num_leaves, arguments.rounds)
     print(f"\ncompilations for eight learning rates: {compilations()}")
+    if run is not None:
+        seconds = time.perf_counter() - begin
+        write_summary(run, {"config": config, "rows": rows}, wall_time=seconds)
 
 
 if __name__ == "__main__":

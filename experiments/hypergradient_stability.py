@@ -4,8 +4,8 @@ Two tables. "failure": Adam-HD on MNIST's MLP with β from 1e-4 to 1e-7, unguard
 behind each guard: the learning rate after the first steps, the first step whose loss is
 not finite, and the mean training loss. "law": the largest stable β of the additive rule
 around Adam on noisy quadratics of n parameters, times n, and whether the two normalised
-rules are stable at fixed β. As a function of α the loss has curvature dᵀHd, and for Adam
-‖d‖² ≈ n, so the additive rule needs β ≲ 10/(L·n); the normalised ones lose the n.
+rules are stable at fixed β. As a function of α the loss has curvature dᵀHd, and around
+Adam ‖d‖² ≈ n, so the additive rule needs β ≲ 10/(L·n); the normalised ones lose the n.
 
     python -m experiments.hypergradient_stability                   1 minute on 2 cores
     python -m experiments.hypergradient_stability --preset paper    3 minutes
