@@ -1,21 +1,39 @@
-"""What hypergradient descent refuses at its door, and how it says so.
+"""What the hypergradient rules refuse at their doors, and how they say so.
 
 Values are looked at only where they are concrete: traced ones pass, so that a sweep
-over learning rates stays a vmap. Trees and shapes are known while tracing and are
-always compared.
+over learning rates stays a vmap. Trees, shapes and dtypes are known while tracing and
+are always compared.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
 import jax.core
 import jax.numpy as jnp
 
-__all__ = ["check_arguments", "check_tree"]
+__all__ = [
+    "check_arguments",
+    "check_given",
+    "check_hdm_arguments",
+    "check_real",
+    "check_tree",
+]
 
+DESCENT = "hypergradient_descent"
 RULES = ("additive", "multiplicative", "normalized")
 SCOPES = ("global", "leaf", "element")
+HDM_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "smoothness": ("must be above 0", lambda x: x > 0),
+    "hyper_learning_rate": ("must be at least 0", lambda x: x >= 0),
+    "momentum_learning_rate": ("must be at least 0", lambda x: x >= 0),
+    "max_momentum": ("must lie in (0, 1)", lambda x: 0 < x < 1),
+    "momentum": ("must lie in [0, max_momentum]", lambda x: x >= 0),
+    "max_scaling": ("must be above 0", lambda x: x > 0),
+    "curvature_window": ("must be at least 1", lambda x: x >= 1),
+    "epsilon": ("must be above 0", lambda x: x > 0),
+}
 
 
 def check_arguments(
@@ -73,9 +91,49 @@ def check_tree(updates: Any, direction: Any) -> None:
             )
 
 
-def _check_choice(argument: str, value: Any, known: tuple[str, ...]) -> None:
+def check_hdm_arguments(scaling: str, **values: Any) -> None:
+    """Raises a `ValueError` for an argument of `hdm_hb` outside its range."""
+    _check_choice("scaling", scaling, ("diagonal", "scalar"), "hdm_hb")
+    for name, value in values.items():
+        rule, holds = HDM_RANGES[name]
+        if value is None and name != "hyper_learning_rate":  # None: 10/L
+            _refuse(name, "must be a number", None, "hdm_hb")
+        number = _number(name, value, "hdm_hb")
+        if number is not None and not (holds(number) and math.isfinite(number)):
+            _refuse(name, f"{rule} and be finite", number, "hdm_hb")
+    first, last = (_number(n, values[n]) for n in ("momentum", "max_momentum"))
+    if first is not None and last is not None and first > last:
+        _refuse("momentum", f"must lie in [0, max_momentum={last}]", first, "hdm_hb")
+
+
+def check_real(params: Any) -> None:
+    """Raises a `ValueError` where parameters given to `hdm_hb` are not real floats."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                "`hdm_hb(...).init(params=...)` must hold real floating arrays; got "
+                f"{dtype or type(leaf).__name__} at '{jax.tree_util.keystr(path)}'."
+            )
+
+
+def check_given(**arguments: Any) -> None:
+    """Raises a `ValueError` naming what the update of `hdm_hb` was not given."""
+    missing = [name for name, value in arguments.items() if value is None]
+    if missing:
+        raise ValueError(
+            f"`hdm_hb(...).update({'=..., '.join(missing)}=...)` must be given; got "
+            "None. Call `update(grad, state, params, value=value, grad=grad, "
+            "value_fn=value_fn)` with value and gradient of value_fn at params."
+        )
+
+
+def _check_choice(
+    argument: str, value: Any, known: tuple[str, ...], function: str = DESCENT
+) -> None:
     if value not in known:
-        _refuse(argument, f"must be one of {', '.join(map(repr, known))}", repr(value))
+        rule = f"must be one of {', '.join(map(repr, known))}"
+        _refuse(argument, rule, repr(value), function)
 
 
 def _check_transition(transition: Any) -> None:
@@ -113,19 +171,19 @@ def _rate(argument: str, value: Any) -> float | None:
     return number
 
 
-def _number(argument: str, value: Any) -> float | None:
+def _number(argument: str, value: Any, function: str = DESCENT) -> float | None:
     """The value as a float; None where it is None or traced."""
     if value is None:
         return None
     if jnp.shape(value) != ():
-        _refuse(argument, "must be a scalar", f"shape {jnp.shape(value)}")
+        _refuse(argument, "must be a scalar", f"shape {jnp.shape(value)}", function)
     if isinstance(value, jax.core.Tracer):
         return None
     number = float(value)
     if math.isnan(number):
-        _refuse(argument, "must be a number", number)
+        _refuse(argument, "must be a number", number, function)
     return number
 
 
-def _refuse(argument: str, rule: str, got: Any) -> NoReturn:
-    raise ValueError(f"`hypergradient_descent({argument}=...)` {rule}; got {got}.")
+def _refuse(argument: str, rule: str, got: Any, function: str = DESCENT) -> NoReturn:
+    raise ValueError(f"`{function}({argument}=...)` {rule}; got {got}.")

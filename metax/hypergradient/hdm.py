@@ -8,16 +8,18 @@ that is accepted is the next iterate, so value and gradient there are paid for o
 """
 
 import inspect
-import math
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import optax
 
+from metax.hypergradient.arguments import (
+    check_given,
+    check_hdm_arguments,
+    check_real,
+)
 from metax.hypergradient.rates import all_finite, rate_dtype, select
 
 __all__ = ["HDMHBState", "hdm_hb"]
@@ -167,7 +169,7 @@ def hdm_hb(
       Two additions to the published iteration: the guard for values that are not
       finite, and that L stays a guess until a curvature above 0 has been sampled.
     """
-    _check_arguments(
+    check_hdm_arguments(
         scaling,
         smoothness=smoothness,
         hyper_learning_rate=hyper_learning_rate,
@@ -203,7 +205,7 @@ def hdm_hb(
         **extra_args: Any,
     ) -> tuple[Any, HDMHBState]:
         del updates
-        _check_given(params=params, value=value, grad=grad, value_fn=value_fn)
+        check_given(params=params, value=value, grad=grad, value_fn=value_fn)
         value = jnp.asarray(value, state.value.dtype)
         x = _Point(params, value, optax.tree.cast_like(grad, state.grad))
         step = _test_step(state, x, is_scalar)
@@ -220,7 +222,7 @@ def _initial_state(
     params: Any, smoothness: Any, rate: Any, is_scalar: bool, momentum: Any
 ) -> HDMHBState:
     """Fresh buffers throughout: the caller may donate what it gave and what it got."""
-    _check_real(params)
+    check_real(params)
     dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
 
     def zeros() -> Any:
@@ -394,65 +396,3 @@ def _sqrt(square: jax.Array) -> jax.Array:
     # The slope of the root at 0 is infinite and would make reverse mode NaN.
     is_positive = square != 0
     return jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, square, 1)), 0)
-
-
-_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "smoothness": ("must be above 0", lambda x: x > 0),
-    "hyper_learning_rate": ("must be at least 0", lambda x: x >= 0),
-    "momentum_learning_rate": ("must be at least 0", lambda x: x >= 0),
-    "max_momentum": ("must lie in (0, 1)", lambda x: 0 < x < 1),
-    "momentum": ("must lie in [0, max_momentum]", lambda x: x >= 0),
-    "max_scaling": ("must be above 0", lambda x: x > 0),
-    "curvature_window": ("must be at least 1", lambda x: x >= 1),
-    "epsilon": ("must be above 0", lambda x: x > 0),
-}
-
-
-def _check_arguments(scaling: str, **values: Any) -> None:
-    if scaling not in ("diagonal", "scalar"):
-        _refuse("scaling", 'must be "diagonal" or "scalar"', repr(scaling))
-    numbers = {name: _number(name, value) for name, value in values.items()}
-    for name, number in numbers.items():
-        rule, holds = _RANGES[name]
-        if number is not None and not (holds(number) and math.isfinite(number)):
-            _refuse(name, f"{rule} and be finite", number)
-    first, last = numbers["momentum"], numbers["max_momentum"]
-    if first is not None and last is not None and first > last:
-        _refuse("momentum", f"must lie in [0, max_momentum={last}]", first)
-
-
-def _number(argument: str, value: Any) -> float | None:
-    """The value as a float; None where it is traced, or left to its default."""
-    if isinstance(value, jax.core.Tracer):
-        return None
-    if value is None:
-        if argument == "hyper_learning_rate":
-            return None
-        _refuse(argument, "must be a number", None)
-    if jnp.shape(value) != ():
-        _refuse(argument, "must be a scalar", f"shape {jnp.shape(value)}")
-    return float(value)
-
-
-def _check_real(params: Any) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(
-                "`hdm_hb(...).init(params=...)` must hold real floating arrays; got "
-                f"{dtype or type(leaf).__name__} at '{jax.tree_util.keystr(path)}'."
-            )
-
-
-def _check_given(**arguments: Any) -> None:
-    missing = [name for name, value in arguments.items() if value is None]
-    if missing:
-        raise ValueError(
-            f"`hdm_hb(...).update({'=..., '.join(missing)}=...)` must be given; got "
-            "None. Call `update(grad, state, params, value=value, grad=grad, "
-            "value_fn=value_fn)` with value and gradient of value_fn at params."
-        )
-
-
-def _refuse(argument: str, rule: str, got: Any) -> NoReturn:
-    raise ValueError(f"`hdm_hb({argument}=...)` {rule}; got {got}.")
