@@ -58,6 +58,9 @@ ROWS = {
     "sgd": Row(lambda: optax.sgd(1e-3), "sgd", 3, 3),
     "sgd_hd": Row(lambda: sgd_hd(1e-3, 1e-9), "sgd", 6, 8),
     "sgd_hd multiplicative": Row(lambda: sgd_hd(1e-3, 0.02, **MUL), "sgd", 6, 10),
+    "sgd_hd bfloat16 direction": Row(
+        lambda: sgd_hd(1e-3, 1e-9, direction_dtype=jnp.bfloat16), "sgd", 5, 6.5
+    ),
     "sgd_hd element": Row(lambda: sgd_hd(1e-3, 1e-9, scope="element"), "sgd", 7, None),
     "sgdn": Row(lambda: optax.sgd(1e-3, 0.9, True), "sgdn", 5, None),
     "sgdn_hd": Row(lambda: sgd_hd(1e-3, 1e-9, 0.9, True), "sgdn", 8, None),
@@ -132,7 +135,7 @@ def measure(size: int, num_leaves: int, num_rounds: int) -> list[dict[str, Any]]
     ]
     for row in [dict(zip(rows[0], rows[0], strict=True)), *rows]:
         print(
-            f"{row['rule']:24}"
+            f"{row['rule']:27}"
             + "".join(f"{cell:>8}" for cell in list(row.values())[3:])
         )
     return rows
