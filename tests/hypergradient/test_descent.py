@@ -16,6 +16,7 @@ from metax.hypergradient import (
     sgd_hd,
 )
 
+RULES = ("additive", "multiplicative", "normalized")
 HESSIAN_EIGENVALUES = np.logspace(-3, 0, 10)
 
 
@@ -215,13 +216,20 @@ def test_transition_goes_over_to_the_final_rate():
     assert state.learning_rate == 1.0
 
 
-@pytest.mark.parametrize("scope", ["global", "leaf", "element"])
-@pytest.mark.parametrize("rule_name", ["additive", "multiplicative", "normalized"])
-def test_nonfinite_gradient_leaves_the_rate_and_is_reported(rule_name, scope):
-    if (rule_name, scope) == ("normalized", "element"):
-        return
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    ("rule_name", "scope"),
+    [
+        pair
+        for pair in itertools.product(RULES, ("global", "leaf", "element"))
+        if pair != ("normalized", "element")
+    ],
+)
+def test_nonfinite_gradient_leaves_the_rate_and_is_reported(rule_name, scope, compiled):
     hyper = optax.adam(0.01)
     rule = sgd_hd(0.1, hyper_optimizer=hyper, rule=rule_name, scope=scope)
+    if compiled:
+        rule = rule._replace(update=jax.jit(rule.update))
     good, bad = jnp.array([1.0, 2.0]), jnp.array([jnp.nan, 1.0])
     _, before = rule.update(good, rule.init(good))
     for poison in (bad, bad * jnp.inf, jnp.array([jnp.inf, 1.0])):
