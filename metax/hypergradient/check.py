@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from metax.hypergradient.descent import HypergradientDescentState
@@ -135,7 +134,7 @@ def _compare(
     gamma = last.learning_rate
     if last.applied_learning_rate is not None:
         gamma = last.applied_learning_rate
-    if not all(np.all(rate) for rate in jax.tree.leaves(gamma)):
+    if not all(jnp.all(rate) for rate in jax.tree.leaves(gamma)):
         raise ValueError(
             "`check_hypergradient(rule=...)` must not step with a learning rate of 0, "
             f"which hides the direction; got {gamma}."
