@@ -187,6 +187,18 @@ def rate_grid(record: dict) -> list[str]:
     return _table(heads, lines)
 
 
+def hdm(record: dict) -> list[str]:
+    """Gradients until solved, as distributions over starts."""
+    heads = ("rule", "solved", "least", "quartile", "median", "quartile", "most")
+    budget, lines = record["config"]["steps"], []
+    for name, row in record["table"].items():
+        counts = [np.inf if count is None else count for count in row["counts"]]
+        levels = np.percentile(counts, [0, 25, 50, 75, 100], method="nearest")
+        cells = [f"{x:.0f}" if np.isfinite(x) else f"> {budget}" for x in levels]
+        lines.append((name, f"{row['solved']} of {len(counts)}", *cells))
+    return _table(heads, lines)
+
+
 def benchmark(record: dict) -> list[str]:
     """Measured time over plain time, beside what the bytes predict."""
     heads = ("parameters", "leaves", "rule", "ms", "ratio", "limit", "stream", "temp")
@@ -200,6 +212,7 @@ SECTIONS = {
     "hypergradient_grid": ("Hypergradient descent: the grid of α_0 and β", rate_grid),
     "hypergradient_recovery": ("Hypergradient descent: from a wrong rate", recovery),
     "hypergradient_stability": ("Hypergradient descent: when Adam-HD fails", stability),
+    "hypergradient_hdm": ("HDM-HB: gradients to solve a badly conditioned SVM", hdm),
     "hypergradient_benchmark": ("Hypergradient descent: time and memory", benchmark),
 }
 

@@ -7,6 +7,7 @@ import pytest
 
 from experiments import (
     hypergradient_cifar,
+    hypergradient_hdm,
     hypergradient_mnist,
     hypergradient_recovery,
     hypergradient_stability,
@@ -70,6 +71,14 @@ def test_stability_shows_divergence_and_its_cures(tmp_path):
     assert all(steps == [None] for steps in diverged.values())
     # between 9.8 and 15.6 for n from 1e2 to 1e5, on a grid of six values a decade
     assert 6 < summary["law"]["additive, β·n"]["100"] < 22
+
+
+def test_hdm(tmp_path):
+    argv = ["--steps", "60", "--num-seeds", "2", "--tolerance", "1.0"]
+    hypergradient_hdm.main([*argv, "--out", str(tmp_path / "run")])
+    table = summary_of(tmp_path / "run")["table"]
+    assert table["gd 1/L"]["solved"] == 0
+    assert len(table["hdm_hb 10/L, 5"]["counts"]) == 2
 
 
 def test_cifar_runs_and_resumes(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 
 from metax import Task, inner_loop, unroll
 from metax.hypergradient import HDMHBState, hdm_hb
+from metax.tasks import census_like, smoothed_svm
 
 # Made with the authors' program: f, mean of P and b after k iterations from x0.
 TABLE = {
@@ -477,19 +478,6 @@ def test_gradient_through_a_run_equals_finite_differences():
     )
 
 
-def smoothed_svm():
-    """½ Σ max(0, 1 − y xᵀw)² on binary features from common to rare, and −1."""
-    rng = np.random.default_rng(0)
-    frequencies = np.geomspace(0.8, 0.01, 50)
-    features = (rng.random((400, 50)) < frequencies).astype(float)
-    inputs = np.hstack([features, -np.ones((400, 1))])
-    score = inputs @ rng.normal(size=51) + 0.5 * rng.normal(size=400)
-    inputs *= np.where(score > np.median(score), 1.0, -1.0)[:, None]
-    rows = jnp.asarray(inputs)
-    smoothness = np.linalg.norm(inputs, 2) ** 2
-    return lambda w: 0.5 * jnp.sum(jnp.maximum(0, 1 - rows @ w) ** 2), smoothness
-
-
 def gradients_to_solve(rule, loss, starts):
     """Per start, how many gradients until ‖g‖_∞ < 1e-4; 1001 if more than 1000."""
 
@@ -509,9 +497,10 @@ def gradients_to_solve(rule, loss, starts):
 
 
 def test_solves_an_ill_conditioned_svm_where_gradient_descent_does_not():
-    loss, smoothness = smoothed_svm()
-    starts = jax.random.normal(jax.random.key(0), (20, 51))
-    starts /= jnp.linalg.norm(starts, axis=1, keepdims=True)
+    rows, task = census_like(), smoothed_svm(51)
+    smoothness = np.linalg.norm(rows, 2) ** 2
+    loss = lambda w: task.loss(w, jnp.asarray(rows), jax.random.key(0))
+    starts = jax.vmap(task.init)(jax.random.split(jax.random.key(0), 20))
     # After some 30 iterations the path is chaotic: only the distribution counts.
     learnt = gradients_to_solve(hdm_hb(smoothness), loss, starts)
     plain = optax.with_extra_args_support(optax.sgd(1 / smoothness))
