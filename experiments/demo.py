@@ -1,0 +1,144 @@
+"""What metax learns in your place, on real data, in about a minute on 2 cores.
+
+One function a method: what it learns, beside what it replaces. The data are
+scikit-learn's handwritten digits, which need no download. What is tuned by hand is
+tuned on a fifth of the training images and trained anew on all of them; no choice
+depends on test images.
+
+    python -m experiments.demo [--out DIR]
+
+Prints one table, and writes `summary.json` and `figure.png`. Expect "ok" in each row.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from metax import harness, inner_loop
+from metax.hypergradient import adam_hd, sgd_hd
+from metax.tasks import MLP, Dataset, classification, epochs, load, normalization
+
+
+class Row(NamedTuple):
+    method: str  # a name that no other row has
+    setting: str  # what was given by hand
+    metric: str  # what is measured; less is better
+    values: np.ndarray  # [seeds], the metric
+    baseline: str | None  # the method of an earlier row, compared with seed by seed
+    expected: float  # the mean of the values that this very command gave
+    tolerance: float  # how far it may be from that on another machine or version
+    curves: Mapping[str, np.ndarray]  # panel of the figure to [seeds, epochs]
+
+
+def hypergradient(num_epochs: int = 30, num_seeds: int = 5) -> list[Row]:
+    """A learning rate that begins far too small: kept, tuned by a grid, or learned."""
+    data, rows = load("digits"), []
+    is_held = np.arange(len(data.train.label)) % 5 == 0
+    part = lambda mask: jax.tree.map(lambda leaf: leaf[mask], data.train)
+    halves = Dataset(train=part(~is_held), test=part(is_held))
+    how: dict[str, Any] = {"num_epochs": num_epochs, "num_seeds": num_seeds}
+    learn: dict[str, Any] = {"rule": "multiplicative", "bounds": (0, None)}
+    for name, plain, hd, tried, expected in [
+        ("sgd", optax.sgd, sgd_hd, np.logspace(-4, 1, 11), (2.297, 0.050, 0.124)),
+        ("adam", optax.adam, adam_hd, np.logspace(-5, 0, 11), (2.176, 0.054, 0.062)),
+    ]:
+        losses, _ = train_digits(f"{name} grid", plain, tried, halves, **how)
+        bad, best = tried[0], tried[np.nanargmin(losses[:, -1].mean(0))]
+        learned = functools.partial(hd, hyper_learning_rate=0.05, **learn)
+        untuned, tuned = f"{name} untuned", f"{name} tuned"
+        for method, setting, rule, rate, baseline, mean in [
+            (untuned, f"{bad:g}", plain, bad, None, expected[0]),
+            (tuned, f"{best:.2g}, best of 11", plain, best, untuned, expected[1]),
+            (f"{name}_hd", f"from {bad:g}, β = .05", learned, bad, tuned, expected[2]),
+        ]:
+            loss, alpha = train_digits(method, rule, rate[None], data, **how)
+            curves = {"test loss": loss[..., 0], "learning rate": alpha[..., 0]}
+            curves = {f"{name}: {panel}": curve for panel, curve in curves.items()}
+            end = loss[:, -1, 0]
+            rows.append(
+                Row(method, setting, "test loss", end, baseline, mean, 0.015, curves)
+            )
+    return rows
+
+
+def train_digits(
+    label: str,
+    rule: Callable[..., optax.GradientTransformation],
+    rates: np.ndarray,
+    data: Dataset,
+    num_epochs: int,
+    num_seeds: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Test loss and learning rate after each epoch, each [seeds, epochs, rates]."""
+    mean, std = normalization("digits")
+    task = classification(MLP(10, (64,)), data.train.image, mean=mean, std=std)
+    test = lambda state, split: task.evaluate(state.params, split)
+
+    def build(rate: jax.Array) -> Any:
+        observe = lambda state: optax.tree.get(state, "learning_rate", rate)
+        return epochs(inner_loop(task, rule(rate), observe=observe), 64, evaluate=test)
+
+    loop, key = harness.grid(build, np.float32(rates)), jax.random.key(0)
+    _, infos = harness.evaluate(
+        loop, data, key, num_epochs, num_seeds=num_seeds, progress=label
+    )
+    return infos.metrics["loss"], infos.steps.observed[..., -1]
+
+
+METHODS = (hypergradient,)
+
+
+def report(rows: Sequence[Row]) -> None:
+    """Prints the table, and below it each row against its baseline."""
+    line = "{:12}  {:21}  {:30}  {:18}  {:13}  {}".format
+    print(line("method", "setting", "measured", "baseline", "expected", ""))
+    values, verdicts = {row.method: row.values for row in rows}, []
+    for row in rows:
+        mean, low, high = harness.mean_interval(row.values)
+        measured, against = f"{row.metric} {mean:.3f} [{low:.3f}, {high:.3f}]", "-"
+        expected = f"{row.expected:.3f} ± {row.tolerance:g}"
+        is_ok = "ok" if abs(mean - row.expected) <= row.tolerance else "differs"
+        if row.baseline is not None:
+            base = values[row.baseline]
+            against = f"{row.baseline} {base.mean():.3f}"
+            mean, low, high = harness.paired_difference(row.values, base)
+            word = "better" if high < 0 else "worse" if low > 0 else "not told apart"
+            change = f"{row.metric} {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+            verdicts.append(f"{row.method} against {row.baseline}: {change}, {word}")
+        print(line(row.method, row.setting, measured, against, expected, is_ok))
+    print("\nMeans over seeds [95 % interval]; against the baseline, seed by seed:")
+    print(*verdicts, sep="\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    run = harness.create_run(parser.parse_args(argv).out, {})
+    begin, panels = time.perf_counter(), {}
+    rows = [row for method in METHODS for row in method()]
+    report(rows)
+    for row in rows:
+        for panel, curve in row.curves.items():
+            panels.setdefault(panel, {})[row.method] = curve
+    harness.plot_panels(
+        run / "figure.png",
+        panels,
+        xlabel="epoch",
+        ylabel="as in the title",
+        logy=True,
+        num_columns=2,
+    )
+    seconds = time.perf_counter() - begin
+    harness.write_summary(run, {"rows": rows}, wall_time=seconds)
+    print(f"\n{seconds:.0f} s; figure.png and summary.json are in {run}")
+
+
+if __name__ == "__main__":
+    main()
