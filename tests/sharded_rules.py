@@ -11,10 +11,7 @@ from jax.sharding import PartitionSpec as P
 from tests.rules import RULES
 from tests.test_rules import advance
 
-jax.config.update("jax_enable_x64", True)
-jax.config.update("jax_num_cpu_devices", 8)
-MESH = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
-CURVATURE = jnp.linspace(0.5, 3.0, 32)
+CURVATURE = np.linspace(0.5, 3.0, 32)
 
 
 def loss(params):
@@ -32,11 +29,11 @@ def run(rule, params, num_steps=5):
     return jax.jit(walk)(params)[0][0]
 
 
-def check_under_jit(rule, params):
+def check_under_jit(mesh, rule, params):
     """One leaf sharded along its first axis, the other along its second."""
     specs = {"rows": P("model"), "columns": P(None, "model")}
     placed = jax.tree.map(
-        lambda leaf, spec: jax.device_put(leaf, NamedSharding(MESH, spec)),
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)),
         params,
         specs,
     )
@@ -44,7 +41,7 @@ def check_under_jit(rule, params):
     chex.assert_trees_all_close(run(rule, placed), run(rule, params), atol=1e-12)
 
 
-def check_inside_shard_map(row, params):
+def check_inside_shard_map(mesh, row, params):
     """Each device steps on its part; the sums over devices come from `axis_name`."""
     curvature = {
         "rows": CURVATURE.reshape(params["rows"].shape),
@@ -63,7 +60,7 @@ def check_inside_shard_map(row, params):
     def spread(rule):
         specs = {"in_specs": (P("model"), P("model")), "out_specs": P("model")}
         part = lambda params, curvature: walk(rule, params, curvature)
-        return jax.shard_map(part, mesh=MESH, check_vma=False, **specs)(
+        return jax.shard_map(part, mesh=mesh, check_vma=False, **specs)(
             params, curvature
         )
 
@@ -74,15 +71,20 @@ def check_inside_shard_map(row, params):
 
 
 def main():
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_num_cpu_devices", 8)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
     keys = jax.random.split(jax.random.key(0))
     params = {
         "rows": jax.random.normal(keys[0], (8, 4)),
         "columns": jax.random.normal(keys[1], (8, 4)).T.reshape(4, 8),
     }
     for name, row in RULES.items():
-        check_under_jit(row(), params)
+        check_under_jit(mesh, row(), params)
         if row.reduces != "fixed":
-            check_inside_shard_map(row, {**params, "columns": params["rows"][::-1]})
+            check_inside_shard_map(
+                mesh, row, {**params, "columns": params["rows"][::-1]}
+            )
         print(name)
 
 
