@@ -50,7 +50,7 @@ def test_quadratic_of_these_tests_is_the_reference_one():
 
 
 @pytest.mark.parametrize("base", ["sgd", "momentum", "nesterov", "adam", "adamw"])
-def test_zero_hyper_learning_rate_equals_the_fixed_rate_bitwise(base):
+def test_zero_hyper_learning_rate_equals_the_fixed_rate(base):
     build, plain = {
         "sgd": (lambda a, b: sgd_hd(a, b), optax.sgd(0.05)),
         "momentum": (lambda a, b: sgd_hd(a, b, 0.9), optax.sgd(0.05, 0.9)),
@@ -60,17 +60,30 @@ def test_zero_hyper_learning_rate_equals_the_fixed_rate_bitwise(base):
     }[base]
     loss, start = golden_quadratic()
     for dtype in ("float32", "float64"):
-        params = start.astype(dtype)
-        learned = run(build(0.05, 0.0), loss, params, 30)[0]
+        for eager, ulps in ((True, 0), (False, 8)):
+            # Operation by operation they are equal bit for bit. Compiled, XLA may
+            # contract a·b + c to one rounding in one program and not in the other.
+            rules = (build(0.05, 0.0), plain)
+            paths = [walk(r, loss, start.astype(dtype), 20, eager) for r in rules]
+            np.testing.assert_array_max_ulp(*paths, maxulp=ulps)
 
-        def step(carry, _):
-            params, state = carry
-            updates, state = plain.update(jax.grad(loss)(params), state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state), params
 
-        fixed = jax.lax.scan(step, (params, plain.init(params)), length=30)[1]
-        np.testing.assert_array_equal(learned, fixed)
+def walk(rule, loss, params, num_steps, eager):
+    """The parameters after each step."""
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = rule.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    carry, path = (params, rule.init(params)), []
+    if not eager:
+        return np.asarray(jax.lax.scan(step, carry, length=num_steps)[1])
+    for _ in range(num_steps):
+        carry, params = step(carry, None)
+        path.append(np.asarray(params))
+    return np.stack(path)
 
 
 def test_third_order_tower_equals_the_written_recursion():
