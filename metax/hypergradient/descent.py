@@ -203,6 +203,10 @@ def hypergradient_descent(
         limited = limit(proposed, state.learning_rate, max_relative_change, bounds)
         alpha = select(ok, limited, state.learning_rate)
         gamma = alpha if transition is None else blend(alpha, transition, state.count)
+        # The base waits until the old direction was read for the last time: then XLA
+        # can write the new one in its place, and does not keep g∘g, which the norm and
+        # Adam have in common, as a temporary.
+        updates, gamma = jax.lax.optimization_barrier((updates, gamma))
         d, base_state = base.update(updates, state.base_state, params, **extra_args)
         return scale(d, gamma, scope), HypergradientDescentState(
             count=jnp.asarray(optax.safe_increment(state.count)),

@@ -41,11 +41,9 @@ def hypergradient_and_signal(
     """
     if scope == "element":
         return _elementwise(grad, direction, rule)
-    # Behind a barrier, or XLA shares g∘g with Adam's second moment, as a temporary.
-    same = jax.lax.optimization_barrier(grad)
     pairs = {
         "additive": [(grad, direction)],
-        "multiplicative": [(grad, direction), (grad, same), (direction, direction)],
+        "multiplicative": [(grad, direction), (grad, grad), (direction, direction)],
         "normalized": [(grad, direction), (direction, direction)],
     }[rule]
     products, *squares = _inner_products(pairs, scope, axis_name)
