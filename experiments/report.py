@@ -212,9 +212,10 @@ def benchmark(record: dict) -> list[str]:
         if goal is not None and row["parameters"] != "1e+05"
     ]
     return [
-        "Times over the plain rule of the family. `limit`: words that must move; `stream`:",
-        "words that one loop an array moves where no cache holds the arrays, which for",
-        "SGD is above the goal already. `temp`: temporaries in copies of the parameters.",
+        "Times over the plain rule of the family. `limit`: words that must move;",
+        "`stream`: words that one loop an array moves where no cache holds the arrays,",
+        "which for SGD is above the goal already. `temp`: temporaries, in copies of the",
+        "parameters.",
         f"Goals on a CPU, {TIME_GOALS}:",
         "",
         *verdicts,
