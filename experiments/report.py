@@ -214,8 +214,8 @@ def benchmark(record: dict) -> list[str]:
     return [
         "Times over the plain rule of the family. `limit`: words that must move;",
         "`stream`: words that one loop an array moves where no cache holds the arrays,",
-        "which for SGD is above the goal already. `temp`: temporaries, in copies of the",
-        "parameters.",
+        "which for SGD is above the goal already. `temp`: temporaries, in copies of",
+        "the parameters.",
         f"Goals on a CPU, {TIME_GOALS}:",
         "",
         *verdicts,
