@@ -6,9 +6,9 @@ authors' settings: batch 128 in a new order each epoch, L2 of 1e-4 on every para
 training loss without L2 before each update, the 10000 test images as validation set.
 
     python -m experiments.hypergradient_mnist                        1 minute, 2 cores
-    python -m experiments.hypergradient_mnist --preset paper         2 minutes
-    python -m experiments.hypergradient_mnist --preset paper-mlp    20 minutes
-    python -m experiments.hypergradient_mnist --preset paper-grid   10 minutes
+    python -m experiments.hypergradient_mnist --preset paper         1 minute
+    python -m experiments.hypergradient_mnist --preset paper-mlp    40 minutes
+    python -m experiments.hypergradient_mnist --preset paper-grid    2 minutes
 
 Expect at epoch 10, logistic regression, training loss: sgd .396, sgd_hd .28 to .31,
 sgdn .289, sgdn_hd .258 to .270, adam .2585, adam_hd .2575.

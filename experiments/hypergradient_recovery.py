@@ -7,7 +7,7 @@ loss within 5 % of the best plain one, which is chosen by training loss. The set
 are those of `hypergradient_mnist`.
 
     python -m experiments.hypergradient_recovery                   1 minute on 2 cores
-    python -m experiments.hypergradient_recovery --preset paper   10 minutes
+    python -m experiments.hypergradient_recovery --preset paper    3 minutes
 
 Expect adam_hd multiplicative to recover from every start, additive from 1e-6 to 1e-3,
 the SGD rules to end near .29 from every start, which is not recovered, and

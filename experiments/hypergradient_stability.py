@@ -8,7 +8,7 @@ rules are stable at fixed β. As a function of α the loss has curvature dᵀHd,
 Adam ‖d‖² ≈ n, so the additive rule needs β ≲ 10/(L·n); the normalised ones lose the n.
 
     python -m experiments.hypergradient_stability                   1 minute on 2 cores
-    python -m experiments.hypergradient_stability --preset paper    3 minutes
+    python -m experiments.hypergradient_stability --preset paper    4 minutes
 
 Expect β = 1e-4 to diverge within ten steps unguarded, 1e-5 to diverge in some seeds and
 to spoil the loss in the others, every guard to stay finite, and the largest stable β·n

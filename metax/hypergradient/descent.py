@@ -264,7 +264,7 @@ def sgd_hd(
       >>> print(f"{state.learning_rate:.3f}")
       0.474
 
-    Reference: Baydin et al. 2018, arXiv 1703.04782, Algorithms 4 and 5.
+    Reference: Baydin et al. 2018, arXiv 1703.04782, SGD-HD and SGDN-HD.
     """
     base = optax.identity()
     if momentum is not None:
@@ -318,7 +318,7 @@ def adam_hd(
       >>> print(f"{state.learning_rate:.6f}")
       0.001204
 
-    Reference: Baydin et al. 2018, arXiv 1703.04782, Algorithm 6.
+    Reference: Baydin et al. 2018, arXiv 1703.04782, Adam-HD.
 
     Note:
       ε stands where the paper and optax put it; the authors' code divides it by the
@@ -361,7 +361,7 @@ def adamw_hd(
     Raises:
       ValueError: as `hypergradient_descent`.
 
-    Reference: Baydin et al. 2018, arXiv 1703.04782, Algorithm 6; decoupled decay of
+    Reference: Baydin et al. 2018, arXiv 1703.04782, Adam-HD; decoupled decay of
     Loshchilov, Hutter, Decoupled Weight Decay Regularization, 2019, arXiv 1711.05101.
     """
     base = optax.chain(
