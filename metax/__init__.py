@@ -2,17 +2,22 @@
 
 from metax import hypergradient
 from metax.base import (
+    BilevelProblem,
+    Hyperparameter,
     InnerInfo,
     InnerState,
     Loop,
     Task,
     check_key,
     inner_loop,
+    squared_norm,
     truncate,
     unroll,
 )
 
 __all__ = [
+    "BilevelProblem",
+    "Hyperparameter",
     "InnerInfo",
     "InnerState",
     "Loop",
@@ -20,6 +25,7 @@ __all__ = [
     "check_key",
     "hypergradient",
     "inner_loop",
+    "squared_norm",
     "truncate",
     "unroll",
 ]

@@ -1,8 +1,9 @@
-"""The words every method shares: a task, a loop, and how a loop is unrolled.
+"""The words every method shares: problems, a loop, and how a loop is unrolled.
 
 metax knows three nouns. A *rule* is an `optax.GradientTransformationExtraArgs`, used
 as it is. A *problem* is a value that says what is to be solved; `Task` is the plain
-one. A `Loop` is anything that iterates, a pair of pure functions:
+one, `BilevelProblem` one whose hyperparameters are to be found as well. A `Loop` is
+anything that iterates, a pair of pure functions:
 
     init(key) -> state          step(state, key, data) -> (state, info)
 
@@ -11,20 +12,24 @@ the first and stacks the second. Data is always an argument and never a closure:
 array that a jitted function closes over is written into the program.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 __all__ = [
+    "BilevelProblem",
+    "Hyperparameter",
     "InnerInfo",
     "InnerState",
     "Loop",
     "Task",
     "check_key",
     "inner_loop",
+    "squared_norm",
     "truncate",
     "unroll",
 ]
@@ -32,6 +37,9 @@ __all__ = [
 Params = Any
 Batch = Any
 Data = Any
+Outputs = Any
+Hparams = dict[str, jax.Array]
+Select = Callable[[tuple[Any, ...], Any], bool]
 
 
 class Task(NamedTuple):
@@ -59,6 +67,74 @@ class Task(NamedTuple):
     sample: Callable[[Data, jax.Array], Batch]
     evaluate: Callable[[Params, Data], Mapping[str, jax.Array]]
     carry: Callable[[Params, Params, Batch, jax.Array], Params] | None = None
+
+
+class Hyperparameter(NamedTuple):
+    """What a hyperparameter may be, in natural units: a dropout rate as a rate.
+
+    A value, not a function: bounds travel with the problem, and the method that moves
+    the hyperparameter maps them to coordinates of its own.
+
+    Attributes:
+      init: where tuning starts, within the bounds; a scalar, or an array of shape
+        (k, ...): one name with k coordinates.
+      lower: the least value, -inf for none.
+      upper: the greatest value, inf for none.
+      scale: the coordinate in which it is moved: "linear"; "log", for values that range
+        over decades (lower ≥ 0); "logit", between two finite bounds; "softplus", above
+        a finite lower bound.
+      perturbation: the standard deviation σ of the noise that probes it, in that
+        coordinate; above 0.
+      shared: the whole batch gets one perturbation, and the functions of the problem
+        get the value without a batch axis. For what acts on weights (dropconnect).
+      discrete: rounded down after everything else (a count).
+    """
+
+    init: Any
+    lower: float = -math.inf
+    upper: float = math.inf
+    scale: Literal["linear", "log", "logit", "softplus"] = "linear"
+    perturbation: float = 1.0
+    shared: bool = False
+    discrete: bool = False
+
+
+class BilevelProblem(NamedTuple):
+    """Weights that minimise a training loss, hyperparameters a validation loss.
+
+        λ* = argmin_λ L_V(λ, w*(λ)),    w*(λ) = argmin_w L_T(λ, w)
+
+    The functions see *natural* hyperparameter values, `hparams`: for each name an array
+    of shape (batch,) + init.shape, a value per example, or init.shape where the
+    hyperparameter is `shared`. The leading axis of each leaf of a batch is the example.
+
+    Attributes:
+      init: `init(key) -> params`, a pytree of arrays.
+      predict: `predict(params, batch, hparams, key) -> outputs`, any pytree of arrays
+        with all that the losses need. `key` feeds what is random; None means evaluation
+        and turns off dropout, augmentation and noise.
+      train_loss: `train_loss(outputs, batch, hparams, params) -> (batch,)`, one loss
+        per example; the mean is minimised. For weight decay call
+        `squared_norm(params)`: `params` may stand for weights that differ between
+        examples, and then nothing else can be done with them.
+      valid_loss: `valid_loss(outputs, batch) -> scalar`, what the hyperparameters
+        minimise.
+      sample_train: `sample_train(data, key) -> batch`, inside jit.
+      sample_valid: `sample_valid(data, key) -> batch`, inside jit.
+      hparams: the `Hyperparameter` of each name.
+      carry: None, or `carry(params, outputs) -> params`: writes back what a forward
+        pass produced that is no weight (running statistics, recurrent state).
+        `predict` must stop the gradient of the leaves it carries.
+    """
+
+    init: Callable[[jax.Array], Params]
+    predict: Callable[[Params, Batch, Hparams, jax.Array | None], Outputs]
+    train_loss: Callable[[Outputs, Batch, Hparams, Params], jax.Array]
+    valid_loss: Callable[[Outputs, Batch], jax.Array]
+    sample_train: Callable[[Data, jax.Array], Batch]
+    sample_valid: Callable[[Data, jax.Array], Batch]
+    hparams: Mapping[str, Hyperparameter]
+    carry: Callable[[Params, Outputs], Params] | None = None
 
 
 class Loop(NamedTuple):
@@ -209,6 +285,39 @@ def unroll(
     check_key(keys, "unroll(keys=...)", ndim=1)
     step = jax.checkpoint(loop.step) if remat else loop.step
     return jax.lax.scan(lambda carry, key: step(carry, key, data), state, keys)
+
+
+def squared_norm(params: Params, select: Select | None = None) -> jax.Array:
+    """Sums the squares of the weights, for a penalty inside a training loss.
+
+    Args:
+      params: a parameter tree, or what a `BilevelProblem.train_loss` was given for one:
+        an object with a method `squared_norm(select)` answers for itself.
+      select: `select(path, leaf) -> bool`, which leaves count, e.g.
+        `lambda path, leaf: leaf.ndim > 1`; all by default. Integer leaves never do.
+
+    Returns:
+      A scalar for a tree; of shape (batch,) where the weights differ between examples.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from metax import squared_norm
+      >>> params = {"kernel": jnp.array([[3.0]]), "bias": jnp.array([4.0])}
+      >>> kernels = lambda path, leaf: leaf.ndim > 1
+      >>> float(squared_norm(params)), float(squared_norm(params, kernels))
+      (25.0, 9.0)
+    """
+    own = getattr(params, "squared_norm", None)
+    if own is not None:
+        return own(select)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    squares = [
+        jnp.sum(jnp.square(leaf))
+        for path, leaf in leaves
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        and (select is None or select(path, leaf))
+    ]
+    return sum(squares, start=jnp.zeros(()))
 
 
 def truncate(state: Any) -> Any:
