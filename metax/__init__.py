@@ -1,6 +1,6 @@
 """metax: what people tune by hand in a training loop, learned instead."""
 
-from metax import hypergradient
+from metax import hypergradient, implicit
 from metax.base import (
     BilevelProblem,
     Hyperparameter,
@@ -24,6 +24,7 @@ __all__ = [
     "Task",
     "check_key",
     "hypergradient",
+    "implicit",
     "inner_loop",
     "squared_norm",
     "truncate",

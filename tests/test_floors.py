@@ -38,7 +38,7 @@ def floor(metax: str = "", anywhere: str = "", inside: str = "") -> Floor:
 
 METHOD = floor("base artifact", "jax optax flax")
 FLOORS = {
-    "__init__": floor("base hypergradient"),
+    "__init__": floor("base hypergradient implicit"),
     "base": floor("", "jax optax"),
     "artifact": floor("", "jax optax", inside="safetensors"),
     "hypergradient": floor("base artifact", "jax optax"),

@@ -1,27 +1,105 @@
 """Problems to train on: data sets, models, and the tasks made of them."""
 
+from metax.tasks import ridge_solutions
 from metax.tasks.augmentation import crop_and_flip
 from metax.tasks.batching import EpochInfo, epochs, minibatch
 from metax.tasks.classification import classification
+from metax.tasks.colour import colour_jitter
 from metax.tasks.data import Dataset, Split, load, normalization
+from metax.tasks.dropout import dropout
+from metax.tasks.holdout import TuningData, corrupt_labels, hold_out
+from metax.tasks.images import (
+    affine,
+    cutout,
+    horizontal_flip,
+    scaling_noise,
+    transform_images,
+)
+from metax.tasks.language import (
+    LanguageData,
+    LanguageTuning,
+    language_tuning,
+    stock_language_hparams,
+)
+from metax.tasks.linear_network import (
+    TwoLayerLinear,
+    network_params,
+    network_response,
+    row_rescaling,
+    two_layer_regression,
+)
+from metax.tasks.masked import MaskedDense, MaskedEmbed, dropconnect_mask, word_mask
+from metax.tasks.mixing import mixup, smooth_labels
 from metax.tasks.models import CNN, MLP, VGG16, BatchNorm, Linear
+from metax.tasks.ranges import stock_hparams
+from metax.tasks.recurrent import LSTM, LayerState, Masks
+from metax.tasks.ridge import Examples, RidgeData, diabetes_ridge, ridge_regression
 from metax.tasks.svm import census_like, smoothed_svm
+from metax.tasks.text import TextData, batchify, load_ptb, segments, synthetic_text
+from metax.tasks.tunable import AlexNet, ResNet18, SimpleCNN, TunableMLP, TunableVGG16
+from metax.tasks.tuning import ImageTuning, image_tuning
 
 __all__ = [
     "CNN",
+    "LSTM",
     "MLP",
     "VGG16",
+    "AlexNet",
     "BatchNorm",
     "Dataset",
     "EpochInfo",
+    "Examples",
+    "ImageTuning",
+    "LanguageData",
+    "LanguageTuning",
+    "LayerState",
     "Linear",
+    "MaskedDense",
+    "MaskedEmbed",
+    "Masks",
+    "ResNet18",
+    "RidgeData",
+    "SimpleCNN",
     "Split",
+    "TextData",
+    "TunableMLP",
+    "TunableVGG16",
+    "TuningData",
+    "TwoLayerLinear",
+    "affine",
+    "batchify",
     "census_like",
     "classification",
+    "colour_jitter",
+    "corrupt_labels",
     "crop_and_flip",
+    "cutout",
+    "diabetes_ridge",
+    "dropconnect_mask",
+    "dropout",
     "epochs",
+    "hold_out",
+    "horizontal_flip",
+    "image_tuning",
+    "language_tuning",
     "load",
+    "load_ptb",
     "minibatch",
+    "mixup",
+    "network_params",
+    "network_response",
     "normalization",
+    "ridge_regression",
+    "ridge_solutions",
+    "row_rescaling",
+    "scaling_noise",
+    "segments",
+    "smooth_labels",
     "smoothed_svm",
+    "stock_hparams",
+    "stock_language_hparams",
+    "synthetic_text",
+    "transform_images",
+    "two_layer_regression",
+    "word_mask",
 ]

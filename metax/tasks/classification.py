@@ -5,17 +5,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from metax.base import Task, check_key
 from metax.tasks.batching import minibatch
 from metax.tasks.data import Split
+from metax.tasks.supervised import (
+    check_scale,
+    cross_entropy,
+    evaluate_classifier,
+    image_shape,
+    normalize,
+    stop_statistics,
+)
 
 __all__ = ["classification"]
 
 Augment = Callable[[Split, jax.Array], Split]
-_EVALUATION_SIZE = 1000  # images a forward pass, so that 10000 through VGG-16 fit
 
 
 def classification(
@@ -80,8 +86,8 @@ def classification(
       >>> bool(task.evaluate(state.params, data.test)["accuracy"] > 0.9)
       True
     """
-    x_init = jnp.zeros((1, *_image_shape(example)), jnp.float32)
-    mean, std = _check_scale(mean, std)
+    x_init = jnp.zeros((1, *image_shape(example, "classification")), jnp.float32)
+    mean, std = check_scale(mean, std, "classification")
     if batch_size is not None and batch_size < 1:
         raise ValueError(
             "`classification(batch_size=...)` must be at least 1, or None; "
@@ -93,7 +99,7 @@ def classification(
     def forward(params: Any, image: jax.Array, key: jax.Array) -> tuple[Any, Any]:
         """Logits and the collections that a training pass changes."""
         mutable = [name for name in params if name != "params"]
-        x = _normalize(image, mean, std)
+        x = normalize(image, mean, std)
         rngs = {"dropout": key}
         return model.apply(params, x, train=True, mutable=mutable, rngs=rngs)
 
@@ -107,26 +113,19 @@ def classification(
         return batch if augment is None else augment(batch, key_augment)
 
     def loss(params: Any, batch: Split, key: jax.Array) -> jax.Array:
-        logits, _ = forward(_stop_statistics(params), batch.image, key)
+        logits, _ = forward(stop_statistics(params), batch.image, key)
         penalty = 0.5 * l2 * optax.tree.norm(params["params"], squared=True)
-        return _cross_entropy(logits, batch.label).mean() + penalty
+        return cross_entropy(logits, batch.label).mean() + penalty
 
     def carry(updated: Any, params: Any, batch: Split, key: jax.Array) -> Any:
-        _, changed = forward(_stop_statistics(params), batch.image, key)
+        _, changed = forward(stop_statistics(params), batch.image, key)
         return {**updated, **changed}
 
     def evaluate(params: Any, data: Split) -> Mapping[str, jax.Array]:
-        def sums(batch: Split) -> tuple[jax.Array, jax.Array]:
-            logits = model.apply(
-                params, _normalize(batch.image, mean, std), train=False
-            )
-            losses = _cross_entropy(logits, batch.label)
-            right = jnp.argmax(logits, axis=-1) == batch.label
-            return losses.sum(), right.sum()
+        def logits_of(image: jax.Array) -> jax.Array:
+            return model.apply(params, normalize(image, mean, std), train=False)
 
-        loss_sum, num_right = _sum_over_chunks(sums, data)
-        num = len(data.label)
-        return {"loss": loss_sum / num, "accuracy": num_right.astype(jnp.float32) / num}
+        return evaluate_classifier(logits_of, data)
 
     # Only shapes are computed here: whether the model keeps more than parameters.
     has_state = set(jax.eval_shape(init, jax.random.key(0))) != {"params"}
@@ -137,48 +136,3 @@ def classification(
         evaluate=evaluate,
         carry=carry if has_state else None,
     )
-
-
-def _normalize(image: jax.Array, mean: Any, std: Any) -> jax.Array:
-    return (jnp.asarray(image, jnp.float32) - mean) / std
-
-
-def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
-
-
-def _stop_statistics(params: Any) -> Any:
-    statistics = {name: tree for name, tree in params.items() if name != "params"}
-    return {**params, **jax.lax.stop_gradient(statistics)}
-
-
-def _sum_over_chunks(sums: Callable[[Split], Any], data: Split) -> Any:
-    """Adds `sums` over chunks of the data, one after the other to bound the memory."""
-    num = len(data.label)
-    size = min(num, _EVALUATION_SIZE)
-    full = num // size
-    chunks = jax.tree.map(
-        lambda leaf: leaf[: full * size].reshape(full, size, *leaf.shape[1:]), data
-    )
-    total = jax.tree.map(lambda leaf: leaf.sum(0), jax.lax.map(sums, chunks))
-    if num % size:
-        rest = sums(jax.tree.map(lambda leaf: leaf[full * size :], data))
-        total = jax.tree.map(jnp.add, total, rest)
-    return total
-
-
-def _image_shape(example: Any) -> tuple[int, ...]:
-    shape = example if isinstance(example, tuple) else np.shape(example)
-    if len(shape) not in (3, 4) or not all(isinstance(n, int) for n in shape):
-        raise ValueError(
-            "`classification(example=...)` must be an image [height, width, channels], "
-            f"a batch of them, or such a shape; got shape {shape}."
-        )
-    return shape[-3:]
-
-
-def _check_scale(mean: Any, std: Any) -> tuple[np.ndarray, np.ndarray]:
-    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    if not np.all(std > 0):
-        raise ValueError(f"`classification(std=...)` must be above 0; got {std}.")
-    return mean, std

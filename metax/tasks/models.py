@@ -10,6 +10,7 @@ published one does.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -100,18 +101,18 @@ class BatchNorm(nn.Module):
 
     Attributes:
       momentum: weight of the old running statistics, in 0..1.
-      epsilon: added to the variance, above 0.
+      epsilon: added to the variance, above 0; a number or a scalar array.
+      affine: whether it has `scale` and `bias`; without them it normalises only.
     """
 
     momentum: float = 0.9
-    epsilon: float = 1e-5
+    epsilon: Any = 1e-5
+    affine: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """`x` [..., channels], normalised, in the same shape."""
         start = x.shape[-1:], jnp.float32
-        scale = self.param("scale", nn.initializers.ones, *start)
-        bias = self.param("bias", nn.initializers.zeros, *start)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, *start)
         running_var = self.variable("batch_stats", "var", jnp.ones, *start)
         mean, var = running_mean.value, running_var.value
@@ -122,7 +123,12 @@ class BatchNorm(nn.Module):
             unbiased = var * (n / max(n - 1, 1))
             running_mean.value = self._average(running_mean.value, mean)
             running_var.value = self._average(running_var.value, unbiased)
-        return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+        factor = jax.lax.rsqrt(var + self.epsilon)
+        if not self.affine:
+            return (x - mean) * factor
+        scale = self.param("scale", nn.initializers.ones, *start)
+        bias = self.param("bias", nn.initializers.zeros, *start)
+        return (x - mean) * (factor * scale) + bias
 
     def _average(self, old: jax.Array, new: jax.Array) -> jax.Array:
         average = self.momentum * old + (1 - self.momentum) * new

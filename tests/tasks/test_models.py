@@ -130,6 +130,22 @@ def test_batch_norm_equals_that_of_flax():
     )
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_without_scale_and_bias_does_the_rest_alike(train):
+    x = 3 + 2 * jax.random.normal(KEY, (4, 3, 3, 2))
+    norm, variables = batch_norm_variables(x)
+    plain = BatchNorm(affine=False)
+    statistics = {"batch_stats": variables["batch_stats"]}
+    assert set(plain.init(KEY, x, train=False)) == set(statistics)
+    y, changed = plain.apply(statistics, x, train=train, mutable=["batch_stats"])
+    expected, theirs = norm.apply(variables, x, train=train, mutable=["batch_stats"])
+    params = variables["params"]
+    np.testing.assert_allclose(
+        y * params["scale"] + params["bias"], expected, rtol=1e-10
+    )
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, changed, theirs))
+
+
 def test_batch_norm_averages_mean_and_unbiased_variance():
     x = 3 + 2 * jax.random.normal(KEY, (4, 3, 3, 2))
     norm, variables = batch_norm_variables(x, momentum=0.8)
