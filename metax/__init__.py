@@ -1,6 +1,6 @@
 """metax: what people tune by hand in a training loop, learned instead."""
 
-from metax import hypergradient, implicit
+from metax import hypergradient, implicit, stn
 from metax.base import (
     BilevelProblem,
     Hyperparameter,
@@ -27,6 +27,7 @@ __all__ = [
     "implicit",
     "inner_loop",
     "squared_norm",
+    "stn",
     "truncate",
     "unroll",
 ]

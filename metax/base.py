@@ -38,6 +38,8 @@ Params = Any
 Batch = Any
 Data = Any
 Outputs = Any
+# A `Loop`, or a method's own tuple that begins with its two fields; no type says that.
+LoopLike = Any
 Hparams = dict[str, jax.Array]
 Select = Callable[[tuple[Any, ...], Any], bool]
 
@@ -259,7 +261,7 @@ def inner_loop(
 
 
 def unroll(
-    loop: Loop, state: Any, keys: jax.Array, data: Data, *, remat: bool = False
+    loop: LoopLike, state: Any, keys: jax.Array, data: Data, *, remat: bool = False
 ) -> tuple[Any, Any]:
     """Runs one step of `loop` per key, as a single `lax.scan`.
 

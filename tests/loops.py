@@ -14,7 +14,15 @@ import optax
 from metax import Loop, Task, inner_loop
 from metax.harness import grid, replicate
 from metax.hypergradient import adam_hd
-from metax.tasks import Dataset, Split, epochs
+from metax.stn import DeltaSTN, best_response, delta_stn
+from metax.tasks import (
+    Dataset,
+    Examples,
+    RidgeData,
+    Split,
+    epochs,
+    two_layer_regression,
+)
 
 
 class Case(NamedTuple):
@@ -66,11 +74,32 @@ def _epochs() -> Loop:
     return epochs(_inner(), 4, evaluate=evaluate)
 
 
+def _delta_stn() -> DeltaSTN:
+    """A perturbation for each example through flax layers, σ tuned, a short warm-up."""
+    first = lambda path, leaf: path[1].key == "first"
+    return delta_stn(
+        two_layer_regression(3),
+        inner_optimizer=optax.sgd(0.01, momentum=0.9),
+        response_optimizer=optax.sgd(0.01, momentum=0.9),
+        outer_optimizer=optax.adam(0.01),
+        scale_optimizer=optax.adam(0.01),
+        train_steps=2,
+        warmup_steps=2,
+        response=best_response(1, select=first),
+    )
+
+
+def _ridge(value: float = 1.0) -> RidgeData:
+    split = _split(value)
+    return RidgeData(train=Examples(*split), valid=Examples(*split))
+
+
 NAN = float("nan")
 LOOPS = {
     "inner_loop": Case(_inner, _split, lambda: _split(NAN)),
     "epochs": Case(_epochs, _set, lambda: _set(NAN)),
     "replicate": Case(lambda: replicate(_inner(), 3), _split, lambda: _split(NAN)),
+    "delta_stn": Case(_delta_stn, _ridge, lambda: _ridge(NAN)),
     "grid": Case(
         lambda: grid(_inner, jnp.array([0.01, 0.1])), _split, lambda: _split(NAN)
     ),

@@ -38,7 +38,7 @@ def floor(metax: str = "", anywhere: str = "", inside: str = "") -> Floor:
 
 METHOD = floor("base artifact", "jax optax flax")
 FLOORS = {
-    "__init__": floor("base hypergradient implicit"),
+    "__init__": floor("base hypergradient implicit stn"),
     "base": floor("", "jax optax"),
     "artifact": floor("", "jax optax", inside="safetensors"),
     "hypergradient": floor("base artifact", "jax optax"),
@@ -60,7 +60,12 @@ FORBIDDEN_CALLS = {"print", "open", "input", "breakpoint", "exec", "eval"}
 FILE_METHODS = {"open", "read_text", "write_text", "read_bytes", "write_bytes"}
 FORBIDDEN_NAMES = {"jax.jit", "jax.pmap", "jax.debug.print", "jax.debug.callback"}
 FORBIDDEN_IMPORTS = {"time", "logging", "datetime"}
-FILES = {"tasks/data.py", "amalgamation/artifacts.py", "autoloss/files.py"}
+FILES = {
+    "tasks/data.py",
+    "tasks/text.py",
+    "amalgamation/artifacts.py",
+    "autoloss/files.py",
+}
 
 
 def room_of(name: str) -> str:

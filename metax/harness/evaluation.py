@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metax.base import Loop
+from metax.base import Loop, LoopLike
 from metax.harness.training import train
 
 __all__ = ["evaluate", "grid", "replicate"]
 
 
-def replicate(loop: Loop, num_seeds: int) -> Loop:
+def replicate(loop: LoopLike, num_seeds: int) -> Loop:
     """Runs independent copies of `loop` side by side.
 
     Copy s uses `split(key, num_seeds)[s]` of the key of `init`, and of that of each
@@ -92,7 +92,7 @@ def grid(build: Callable[[Any], Loop], settings: Any) -> Loop:
 
 
 def evaluate(
-    loop: Loop,
+    loop: LoopLike,
     data: Any,
     key: jax.Array,
     num_steps: int,

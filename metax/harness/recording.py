@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metax.base import Loop, check_key
+from metax.base import LoopLike, check_key
 from metax.harness.checkpoint import latest_step, restore_checkpoint, save_checkpoint
 from metax.harness.files import make_folder
 from metax.harness.records import append_metrics, trim_metrics
@@ -27,7 +27,7 @@ Rows = Iterable[Mapping[str, Any]]
 
 def record_run(
     directory: str | os.PathLike,
-    loop: Loop,
+    loop: LoopLike,
     data: Any,
     key: jax.Array,
     num_steps: int,
@@ -127,7 +127,7 @@ def mean_rows(step: int, state: Any, infos: Any) -> list[dict[str, Any]]:
 
 
 def _find_start(
-    run: Path, loop: Loop, key: jax.Array, num_steps: int, resume: bool
+    run: Path, loop: LoopLike, key: jax.Array, num_steps: int, resume: bool
 ) -> tuple[int, Any]:
     step = latest_step(run / "checkpoints")
     if not resume and (step is not None or (run / "metrics.jsonl").exists()):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from metax.base import Loop, check_key, unroll
+from metax.base import LoopLike, check_key, unroll
 
 __all__ = ["NonFiniteError", "train"]
 
@@ -47,7 +47,7 @@ class NonFiniteError(FloatingPointError):
 
 
 def train(
-    loop: Loop,
+    loop: LoopLike,
     data: Any,
     key: jax.Array,
     num_steps: int,
@@ -132,7 +132,12 @@ def train(
 
 
 def _run_chunk(
-    loop: Loop, chunk: int, state: Any, key_run: jax.Array, first: jax.Array, data: Any
+    loop: LoopLike,
+    chunk: int,
+    state: Any,
+    key_run: jax.Array,
+    first: jax.Array,
+    data: Any,
 ) -> tuple[Any, Any]:
     steps = first + jnp.arange(chunk)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key_run))(steps)

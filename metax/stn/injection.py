@@ -15,10 +15,10 @@ flax.linen calls and adds. For the linearised network δ is added to the *tangen
 Layers that are not affine in their parameters are refused by name.
 """
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -33,6 +33,9 @@ from metax.stn.nodes import (
     is_node,
 )
 
+if TYPE_CHECKING:
+    import flax.linen as nn
+
 __all__ = ["Visit", "injected"]
 
 _MARK = "response_of_layer"  # the name of clones, which are not intercepted again
@@ -42,7 +45,7 @@ _REMEDY = (
 )
 # Affine in each parameter, output r depending on slice [..., r] alone, whatever the
 # fields are set to; every other layer is tried on random numbers first.
-_AFFINE = (nn.Dense, nn.DenseGeneral, nn.Conv, nn.Embed, nn.BatchNorm)
+_AFFINE = ("Dense", "DenseGeneral", "Conv", "Embed", "BatchNorm", "GroupNorm")
 
 Names = tuple[str, ...]
 Join = Callable[[jax.Array, Callable[..., jax.Array], tuple], jax.Array]
@@ -79,6 +82,8 @@ def injected(
       t: None: the displacement is added to the outputs of the layers. A scalar: it is
         added to their tangents in t alone.
     """
+    import flax.linen as nn  # half a second, which `import metax` should not take
+
     nodes = _nodes_by_module(phi)
     visited: set[Names] = set()
     seen: list[Names] = []
@@ -111,7 +116,7 @@ def injected(
 class _Call(NamedTuple):
     """A layer and what it was called with."""
 
-    layer: nn.Module
+    layer: "nn.Module"
     method: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -232,7 +237,7 @@ def _applied(call: _Call, variables: Mapping[str, Any]) -> jax.Array:
     return out[0] if mutable else out
 
 
-def _own_parameters(module: nn.Module) -> dict[str, Any]:
+def _own_parameters(module: "nn.Module") -> dict[str, Any]:
     """The module's parameters that are not a submodule's."""
     if module.scope is None:
         return {}
@@ -253,7 +258,12 @@ def _nodes_by_module(phi: Any) -> dict[Names, dict[str, Node]]:
 
 
 def _check_layer(
-    module: nn.Module, call: _Call, variables: dict, nodes: dict, y: Any, eps: jax.Array
+    module: "nn.Module",
+    call: _Call,
+    variables: dict,
+    nodes: dict,
+    y: Any,
+    eps: jax.Array,
 ) -> None:
     name = f"{type(module).__name__} at {'/'.join(module.path) or 'the root'}"
     held, size = variables["params"], eps.shape[0]
@@ -273,7 +283,7 @@ def _check_layer(
             _fits(node, held[leaf].shape) for leaf, node in nodes.items()
         ),
         "its output is not affine in them, or mixes their last axis": lambda: (
-            type(module) in _AFFINE
+            _is_known(type(module))
             or call.method == "attend"
             or _is_affine(call, variables, list(nodes), size)
         ),
@@ -281,6 +291,10 @@ def _check_layer(
     for rule, is_kept in rules.items():
         if not is_kept():
             raise ValueError(f"`best_response` cannot carry {name}: {rule}. {_REMEDY}")
+
+
+def _is_known(kind: type) -> bool:
+    return kind.__module__.startswith("flax.linen.") and kind.__name__ in _AFFINE
 
 
 def _fits(node: Node, shape: tuple[int, ...]) -> bool:
@@ -302,53 +316,61 @@ def _is_affine(call: _Call, variables: dict, names: list[str], size: int) -> boo
 
     Two examples are enough, where the layer can be called on two.
     """
-    arrays, merge = call.split()
-    of_batch = [k for k, x in enumerate(arrays) if jnp.shape(x)[:1] == (size,)]
+    leaves, treedef = jax.tree.flatten((call.args, dict(call.kwargs)))
+    of_batch = [k for k, x in enumerate(leaves) if jnp.shape(x)[:1] == (size,)]
+    specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+    flat, held = jax.tree.flatten(specs)
     for shortened in (of_batch, of_batch[:1], []):
-        shapes = [
-            (min(size, 2), *x.shape[1:]) if k in shortened else x.shape
-            for k, x in enumerate(arrays)
-        ]
+        inputs = tuple(
+            _spec(x, min(size, 2) if k in shortened else None)
+            for k, x in enumerate(leaves)
+        )
+        given = (call.layer, call.method, treedef, inputs, held, tuple(flat))
         try:
-            with jax.ensure_compile_time_eval():
-                return _adds_up(call, merge, arrays, shapes, variables, names)
+            return _adds_up(*given, tuple(names))
         except (TypeError, ValueError, jax.errors.JAXTypeError):
             continue
     return False
 
 
+def _spec(x: Any, size: int | None) -> Any:
+    """Shape and dtype of an array, its leading axis replaced; other things as is."""
+    if not isinstance(x, jax.Array):
+        return x
+    shape = x.shape if size is None else (size, *x.shape[1:])
+    return jax.ShapeDtypeStruct(shape, x.dtype)
+
+
+# A layer is tried once, not at every trace of every pass. The numbers are concrete, so
+# that nothing of the caller's trace is kept.
+@functools.lru_cache(maxsize=512)
 def _adds_up(
-    call: _Call, merge: Callable, arrays: list, shapes: list, variables: dict, names
+    layer: "nn.Module", method: str, treedef, inputs: tuple, held, flat: tuple, names
 ) -> bool:
-    key_args, key_variables, key_change = jax.random.split(jax.random.key(0), 3)
-    inputs = [
-        _random(jax.random.fold_in(key_args, k), shape, x.dtype)
-        for k, (x, shape) in enumerate(zip(arrays, shapes, strict=True))
-    ]
-    args, kwargs = merge(inputs)
-    call = call._replace(args=args, kwargs=kwargs)
-    flat, treedef = jax.tree.flatten(variables)
-    # positive, since variances are among them
-    known = treedef.unflatten(
-        [
-            1 + jnp.abs(_random(jax.random.fold_in(key_variables, k), x.shape, x.dtype))
-            for k, x in enumerate(flat)
-        ]
-    )
-    expected, moved = _applied(call, known), dict(known["params"])
-    for k, name in enumerate(names):
-        leaf = known["params"][name]
-        key_scale, key_weight = jax.random.split(jax.random.fold_in(key_change, k))
-        weight = _random(key_weight, leaf.shape, leaf.dtype)
-        scale = _random(key_scale, leaf.shape[-1:], leaf.dtype)
-        expected = expected + scale * _derivative(call, known, name, weight)
-        moved[name] = leaf + scale * weight
-    got = _applied(call, {**known, "params": moved})
-    tolerance = 1e-4 * (1 + jnp.max(jnp.abs(expected)))  # float32 sums
-    return bool(jnp.max(jnp.abs(got - expected)) < tolerance)
+    with jax.ensure_compile_time_eval():
+        num_draws = len(inputs) + len(flat) + 2 * len(names)
+        keys = iter(jax.random.split(jax.random.key(0), num_draws))
+        draw = lambda x: _random(next(keys), x)
+        args, kwargs = treedef.unflatten([draw(x) for x in inputs])
+        call = _Call(layer, method, args, kwargs)
+        # positive, since variances are among them
+        known = held.unflatten([1 + abs(draw(x)) for x in flat])
+        expected, moved = _applied(call, known), dict(known["params"])
+        for name in names:
+            leaf = known["params"][name]
+            spec = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            weight = draw(spec)
+            scale = draw(jax.ShapeDtypeStruct(leaf.shape[-1:], leaf.dtype))
+            expected = expected + scale * _derivative(call, known, name, weight)
+            moved[name] = leaf + scale * weight
+        got = _applied(call, {**known, "params": moved})
+        tolerance = 1e-4 * (1 + jnp.max(jnp.abs(expected)))  # float32 sums
+        return bool(jnp.max(jnp.abs(got - expected)) < tolerance)
 
 
-def _random(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    if jnp.issubdtype(dtype, jnp.floating):
-        return jax.random.normal(key, shape, dtype)
-    return jnp.zeros(shape, dtype)
+def _random(key: jax.Array, x: Any) -> Any:
+    if not isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jax.random.normal(key, x.shape, x.dtype)
+    return jnp.zeros(x.shape, x.dtype)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.base import Loop, check_key
+from metax.base import Loop, LoopLike, check_key
 
 __all__ = ["EpochInfo", "epochs", "minibatch"]
 
@@ -63,7 +63,7 @@ def minibatch(data: Any, key: jax.Array, size: int) -> Any:
 
 
 def epochs(
-    loop: Loop,
+    loop: LoopLike,
     size: int,
     *,
     evaluate: Callable[[Any, Any], Mapping[str, jax.Array]] | None = None,

@@ -25,13 +25,13 @@ def test_the_demo_gives_the_table_of_the_readme(tmp_path):
     check_every_row_is_as_expected(rows, result.stdout)
     check_a_learned_rate_mends_a_bad_one(rows)
     check_the_readme_shows_this_table(rows, result.stdout)
-    assert "adam_hd: 100%" in result.stderr, "no progress was shown"
+    assert "delta_stn: 100%" in result.stderr, "no progress was shown"
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert str(tmp_path) in result.stdout
 
 
 def check_every_row_is_as_expected(rows, printed):
-    assert len(rows) == 6
+    assert len(rows) == 9
     for row in rows:
         assert abs(np.mean(row["values"]) - row["expected"]) <= row["tolerance"], row
     assert printed.count(" ok\n") == len(rows)
@@ -43,6 +43,7 @@ def check_a_learned_rate_mends_a_bad_one(rows):
     mean = {row["method"]: np.mean(row["values"]) for row in rows}
     for name in ("sgd", "adam"):
         assert mean[f"{name}_hd"] < 0.1 * mean[f"{name} untuned"]
+    assert mean["delta_stn"] < mean["dropout .05"] - 0.03
 
 
 def check_the_readme_shows_this_table(rows, printed):
