@@ -124,8 +124,8 @@ def check_used(
 ) -> None:
     """Refuses a hyperparameter that reaches neither a loss nor an output.
 
-    Read off the traced program, so nothing is computed. What only enters a function
-    call inside it counts as used; then the gradient tells (`silent_hparams`).
+    Read off the traced program, so nothing is computed. What enters a function call
+    inside it counts as used, whatever the function does with it.
     """
 
     def seen(natural: Any) -> Any:

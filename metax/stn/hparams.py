@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from metax.base import Hparams, Hyperparameter
@@ -197,8 +198,6 @@ def inverse_softplus(x: Any) -> jax.Array:
 
 def check_within(argument: str, spec: Hyperparameter, value: jax.Array) -> None:
     """Refuses concrete values that `spec` excludes; traced ones pass."""
-    if isinstance(value, jax.core.Tracer):  # pyright: ignore
-        return
     closed = (value >= spec.lower) & (value <= spec.upper)
     inner = (value > spec.lower) & (value < spec.upper)
     inside = {
@@ -207,7 +206,9 @@ def check_within(argument: str, spec: Hyperparameter, value: jax.Array) -> None:
         "logit": inner,
         "softplus": value > spec.lower,
     }[spec.scale]
-    if not bool(jnp.all(inside & jnp.isfinite(value))):
+    is_inside = jnp.all(inside & jnp.isfinite(value))
+    # under jit the comparison of a concrete array is traced as well
+    if not isinstance(is_inside, jax.core.Tracer) and not bool(is_inside):
         raise ValueError(
             f"`{argument}` must lie in [{spec.lower:g}, {spec.upper:g}]"
             f"{_ENDS[spec.scale]}; got {value}."
@@ -228,8 +229,8 @@ def _natural(spec: Hyperparameter, u: jax.Array) -> jax.Array:
         case "linear":
             x = u
         case "log":
-            # exp is clipped before it can overflow
-            top = math.log(min(spec.upper, largest))
+            # clipped before it can overflow, and a little earlier: log rounds up
+            top = min(math.log(spec.upper), math.log(largest) - 1e-3)
             x = jnp.exp(jnp.minimum(u, top))
         case "logit":
             fraction = jnp.clip(jax.nn.sigmoid(u), eps, 1 - eps)

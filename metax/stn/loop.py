@@ -105,8 +105,8 @@ def delta_stn(
       split: train w0 without noise, by an objective of its own.
       linearized: fit Φ on the linearised network; needs `centered`.
       perturbation: "example", an ε for each example (flax.linen layers; the least
-        noise); "group", for each of `groups` parts of the batch; "batch", one for all
-        (the last two: any model).
+        noise); "group", for each of `groups` parts of the batch, one after the other:
+        slow where batches are small; "batch", one for all (the last two: any model).
       valid_forward: the network in a noisy validation step.
       response: the form of Φ; by default `best_response(h)` for all h coordinates.
       groups: for "group", a divisor of the batch.
@@ -215,7 +215,7 @@ def centered_stn(problem: BilevelProblem, **options: Any) -> DeltaSTN:
     """Centred STN: `delta_stn(problem, linearized=False, ...)`.
 
     The response is fitted on the network itself, f(x, w0 + Φε), in place of its
-    linearisation: 2.33 plain steps a training step in floating point operations.
+    linearisation, at the same cost.
 
     Args:
       problem: what is solved.

@@ -168,9 +168,10 @@ def _add(value: jax.Array, change: jax.Array) -> jax.Array:
 
 def _merge(stacked: jax.Array, whole: Any) -> jax.Array:
     """Groups side by side, or their mean where a leaf does not grow with the batch."""
-    joined = (stacked.shape[0] * stacked.shape[1], *stacked.shape[2:])
-    if stacked.ndim > 1 and joined == whole.shape:
-        return stacked.reshape(joined)
+    if stacked.ndim > 1:
+        joined = (stacked.shape[0] * stacked.shape[1], *stacked.shape[2:])
+        if joined == whole.shape:
+            return stacked.reshape(joined)
     if jnp.issubdtype(stacked.dtype, jnp.floating):
         return stacked.mean(0)
     return stacked[0]

@@ -146,10 +146,12 @@ def response_jacobian(state: DeltaSTNState) -> dict[str, Params]:
 
 
 def silent_hparams(infos: DeltaSTNInfo) -> tuple[str, ...]:
-    """Names whose hypergradient was zero wherever it was computed.
+    """Names whose hypergradient was exactly zero wherever it was computed.
 
-    After the first cycle: such a hyperparameter does not enter the training loss in a
-    way that changes the best weights, or its response was excluded.
+    After the first cycle: nothing responds to such a hyperparameter, since its leaves
+    were excluded, or its gradient is zero in every draw. One that does not change the
+    best weights but is part of the loss (a constant added to it) has a hypergradient of
+    mean zero, not zero: its λ wanders.
 
     Args:
       infos: of one or more steps, concrete.
