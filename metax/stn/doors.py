@@ -1,6 +1,6 @@
 """What `delta_stn` and its kernels refuse, before anything is computed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -128,27 +128,31 @@ def check_used(
     inside it counts as used, whatever the function does with it.
     """
 
-    def seen(natural: Any) -> Any:
+    def train(natural: Any) -> Any:
         outputs = problem.predict(params, batch, natural, key)
-        losses = problem.train_loss(outputs, batch, natural, params)
-        return losses, outputs, problem.predict(params, batch, natural, None)
+        return outputs, problem.train_loss(outputs, batch, natural, params)
 
-    jaxpr = jax.make_jaxpr(seen)(natural).jaxpr
+    idle = _unused(train, natural)
+    if idle:  # in validation alone is a use as well
+        valid = lambda natural: problem.predict(params, batch, natural, None)
+        idle &= _unused(valid, natural)
+    if idle:
+        raise ValueError(
+            "`delta_stn(problem=...).hparams` must each be used by `predict` or "
+            f"`train_loss`; these are not: {sorted(idle)}."
+        )
+
+
+def _unused(fn: Callable[[Any], Any], natural: Any) -> set[str]:
+    """The names that no output of `fn` depends on."""
+    jaxpr = jax.make_jaxpr(fn)(natural).jaxpr
     used = {id(var) for var in jaxpr.outvars}
     for equation in reversed(jaxpr.eqns):
         if any(id(var) in used for var in equation.outvars):
             used |= {id(var) for var in equation.invars}
     # the leaves of a dict come in the order of its sorted names
-    idle = [
-        name
-        for name, var in zip(sorted(natural), jaxpr.invars, strict=True)
-        if id(var) not in used
-    ]
-    if idle:
-        raise ValueError(
-            f"`delta_stn(problem=...).hparams` must each be used by `predict` or "
-            f"`train_loss`; these are not: {idle}."
-        )
+    named = zip(sorted(natural), jaxpr.invars, strict=True)
+    return {name for name, var in named if id(var) not in used}
 
 
 def _check_word(function: str, name: str, word: str, words: tuple[str, ...]) -> None:
