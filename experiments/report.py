@@ -17,6 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from experiments import (
+    sections_cost,
+    sections_images,
+    sections_large,
+    sections_reviews,
+    sections_ridge,
+)
 from metax.harness import mean_interval
 
 TIME_GOALS = {"sgd_hd": 2.2, "adam_hd": 1.7}  # of the time of the plain rule
@@ -237,6 +244,27 @@ SECTIONS = {
     "hypergradient_stability": ("Hypergradient descent: when Adam-HD fails", stability),
     "hypergradient_hdm": ("HDM-HB: gradients to solve a badly conditioned SVM", hdm),
     "hypergradient_benchmark": ("Hypergradient descent: time and memory", benchmark),
+    "stn_ridge": ("Delta-STN: ridge regression", sections_ridge.ridge),
+    "stn_digits_corrupted": (
+        "Delta-STN: digits, 40 % of the labels wrong",
+        sections_images.images,
+    ),
+    "stn_mnist_corrupted": (
+        "Delta-STN: MNIST, 40 % of the labels wrong",
+        sections_images.images,
+    ),
+    "stn_mnist": ("Delta-STN: MNIST", sections_images.images),
+    "stn_fashion_cnn": (
+        "Delta-STN: Fashion-MNIST, SimpleCNN",
+        sections_images.images,
+    ),
+    "stn_baselines": (
+        "Delta-STN beside searches over whole runs",
+        sections_images.baselines,
+    ),
+    "stn_benchmark": ("Delta-STN: time and memory", sections_cost.cost),
+    "stn_cifar": ("Delta-STN: CIFAR-10", sections_large.cifar),
+    "stn_ptb": ("Delta-STN: Penn Treebank", sections_large.text),
 }
 
 
@@ -252,6 +280,9 @@ def compose(folder: Path) -> str:
         parts.append(
             "\n".join([f"## {title}", "", _origin(record), notes, *write(record), ""])
         )
+    reviews = _table(("asked for", "where it is"), sections_reviews.REQUESTS)
+    title = "## Delta-STN: what its reviewers asked for"
+    parts.append("\n".join([title, "", *reviews, ""]))
     return "\n".join(parts)
 
 

@@ -32,16 +32,25 @@ class NonFiniteError(FloatingPointError):
       leaf: the path of a non-finite leaf of the state at the end of that step's chunk
         (NaN before infinity), None where the state was still finite.
       checkpoint: what `on_chunk` last returned, None where it returned nothing.
+      infos: the paths of what was not finite in that step's info.
     """
 
-    def __init__(self, step: int, leaf: str | None, checkpoint: Any | None):
+    def __init__(
+        self,
+        step: int,
+        leaf: str | None,
+        checkpoint: Any | None,
+        infos: tuple[str, ...] = (),
+    ):
         self.step = step
         self.leaf = leaf
         self.checkpoint = checkpoint
+        self.infos = infos
         where = "the state is finite" if leaf is None else f"state{leaf} is not either"
+        seen = f", by its info {', '.join(infos)}" if infos else ""
         remedy = "None" if checkpoint is None else f"{checkpoint}, to go on from"
         super().__init__(
-            f"step {step} is not finite (at the end of its chunk {where}); "
+            f"step {step} is not finite{seen} (at the end of its chunk {where}); "
             f"last good checkpoint: {remedy}."
         )
 
@@ -164,8 +173,13 @@ def _raise_non_finite(first: int, state: Any, infos: Any, checkpoint: Any) -> No
     if is_finite is None or np.all(is_finite):
         return
     good = np.asarray(is_finite).reshape(len(is_finite), -1).all(axis=1)
-    step = first + int(np.argmin(good))
-    raise NonFiniteError(step, _non_finite_leaf(state), checkpoint)
+    row = int(np.argmin(good))
+    bad = tuple(
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(infos)
+        if np.issubdtype(leaf.dtype, np.inexact) and not np.isfinite(leaf[row]).all()
+    )
+    raise NonFiniteError(first + row, _non_finite_leaf(state), checkpoint, bad)
 
 
 def _non_finite_leaf(state: Any) -> str | None:
