@@ -76,15 +76,14 @@ def tuned_loop(
         "outer_optimizer": outer(outer_rate),
         "scale_optimizer": outer(config.scale_rate),
     }
-    with jax.ensure_compile_time_eval():  # its checks look at values
-        return delta_stn(
-            problem,
-            **rules,
-            entropy_weight=config.entropy_weight,
-            train_steps=config.train_steps,
-            warmup_steps=config.warmup_steps,
-            **switches,
-        )
+    return delta_stn(
+        problem,
+        **rules,
+        entropy_weight=config.entropy_weight,
+        train_steps=config.train_steps,
+        warmup_steps=config.warmup_steps,
+        **switches,
+    )
 
 
 def watch(

@@ -14,10 +14,11 @@ operations. The rates are those that validation chose for Delta-STN in `stn_mnis
     delta_stn_decay, implicit_decay  one run, the decay alone, no dropout
 
     python -m experiments.stn_baselines                      2 minutes, 2 cores
-    python -m experiments.stn_baselines --preset paper       8 minutes
+    python -m experiments.stn_baselines --preset results     8 minutes
 
-`tpe_full` needs optuna (`pip install optuna`) and runs where `--methods` names it.
-Expect Delta-STN between the equal and the full random search.
+`tpe_full`, of the preset or named by `--methods`, needs optuna (`pip install optuna`).
+Expect from the preset least validation losses near .70 for Delta-STN, .71 at the start
+values, .73 for TPE, .75 and .99 for the full and the equal random search.
 """
 
 import dataclasses
@@ -63,21 +64,23 @@ from metax.tasks import (
     stock_hparams,
 )
 
+METHODS = (
+    "fixed_start",
+    "fixed_literature",
+    "random_equal",
+    "delta_stn",
+    "implicit_decay",
+    "delta_stn_decay",
+    "random_full",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     dataset: Literal["digits", "mnist", "fashion_mnist"] = "digits"
     widths: tuple[int, ...] = (200, 200)
     corrupted: float = 0.4
-    methods: tuple[str, ...] = (
-        "fixed_start",
-        "fixed_literature",
-        "random_equal",
-        "random_full",
-        "delta_stn",
-        "delta_stn_decay",
-        "implicit_decay",
-    )
+    methods: tuple[str, ...] = METHODS
     num_trials: int = 20
     num_steps: int = 500
     eval_every: int = 50
@@ -97,7 +100,9 @@ class Config:
     data_dir: str | None = None
 
 
-PRESETS = {"paper": Config(num_steps=1450, num_seeds=5)}
+PRESETS = {
+    "results": Config(methods=(*METHODS, "tpe_full"), num_steps=1000, num_seeds=3)
+}
 TRAIN_COST = 8 / 3  # of a step of Delta-STN, in plain gradients
 TPE_ROUND = 5  # trials that are asked for at once
 Values = Mapping[str, Any]
@@ -239,7 +244,7 @@ def tpe_search(
 ) -> list[dict]:
     """Optuna's TPE, `TPE_ROUND` trials at once, told their least validation loss."""
     try:
-        import optuna
+        import optuna  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise SystemExit("tpe_full needs optuna: pip install optuna") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)

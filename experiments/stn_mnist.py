@@ -12,8 +12,8 @@ least validation loss; nothing is selected by them.
     python -m experiments.stn_mnist --preset digits-corrupted     8 minutes
     python -m experiments.stn_mnist --preset paper                days; a GPU
 
-Expect on corrupted digits that Delta-STN's last validation loss lies .2 or more below
-that of dropout .05, and on clean images differences of about .01 after few steps.
+Expect on corrupted digits last validation losses near .75 for Delta-STN and for dropout
+.05, each at its best rates, and near .79 and 1.06 at the inner rate .03.
 """
 
 import dataclasses
@@ -121,11 +121,11 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "delta_stn": Variant(True, True, True, 8 / 3),
-    "centered_stn": Variant(True, True, False, 7 / 3),
+    "centered_stn": Variant(True, True, False, 8 / 3),
     "stn": Variant(False, False, False, 2.0),
     "centered_joint_stn": Variant(True, False, False, 2.0),
-    "linearized_joint_stn": Variant(True, False, True, 8 / 3),
-    "split_stn": Variant(False, True, False, 7 / 3),
+    "linearized_joint_stn": Variant(True, False, True, 3.0),
+    "split_stn": Variant(False, True, False, 8 / 3),
 }
 OUTER_RULES: dict[str, Callable] = {
     "adam": optax.adam,

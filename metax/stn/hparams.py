@@ -105,7 +105,7 @@ def constrain(
     """
     _check_names("constrain(unconstrained=...)", specs, unconstrained)
     return {
-        name: _natural(specs[name], jnp.asarray(u)) for name, u in unconstrained.items()
+        name: _natural(specs[name], _as_float(u)) for name, u in unconstrained.items()
     }
 
 
@@ -162,9 +162,12 @@ def make_space(
             "problem.hparams={}."
         )
     names = tuple(sorted(specs))
-    for name in names:
-        _check_spec(f"{function}(problem=...).hparams[{name!r}]", specs[name])
-        _check_start(function, name, specs[name], logit_bound)
+    # A loop may be built inside a trace (one a setting, by vmap); the checks look at
+    # values that are known before it.
+    with jax.ensure_compile_time_eval():
+        for name in names:
+            _check_spec(f"{function}(problem=...).hparams[{name!r}]", specs[name])
+            _check_start(function, name, specs[name], logit_bound)
     return HyperparameterSpace(
         names=names,
         shapes=tuple(jnp.shape(specs[name].init) for name in names),

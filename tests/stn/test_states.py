@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from metax import unroll
+from metax.harness import grid
 from metax.stn import best_response, natural_hparams, replace_hparams, response_jacobian
 from tests.stn.test_kernels import DATA, KEY, started, tuner
 from tests.stn.test_perturbation import vector_problem
@@ -67,3 +68,14 @@ def test_states_keep_their_dtypes(dtype, perturbation):
     after, _ = jax.eval_shape(lambda s, d: loop.step(s, KEY, d), first, DATA)
     chex.assert_trees_all_equal_shapes_and_dtypes(first, after)
     assert first.params["params"]["kernel"].dtype == dtype
+
+
+def test_a_loop_is_built_for_each_setting_of_a_grid():
+    """Inside a trace: what the doors look at is known before it."""
+    build = lambda rate: tuner(vector_problem(), outer_optimizer=optax.sgd(rate))
+    several = grid(build, jnp.array([0.0, 0.1]))
+    state, _ = jax.jit(several.step)(several.init(KEY), KEY, DATA)
+    kept, moved = state.hparams["decay"]
+    assert not jnp.array_equal(kept, moved)
+    wanted = tuner(vector_problem()).init(KEY).hparams["decay"]
+    chex.assert_trees_all_close(kept, wanted, rtol=1e-12)
