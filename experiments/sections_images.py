@@ -104,7 +104,8 @@ def _setting(config: dict) -> list[str]:
     steps = f"{config['num_steps']} steps of batches of {config['batch_size']}"
     return [
         f"{config['dataset']}{first}, {model}, {share} of the training labels",
-        f"corrupted, those of validation clean; {steps}.",
+        f"corrupted, those of validation clean; {steps},",
+        f"of which {config['warmup_steps']} before tuning begins.",
         "",
     ]
 
@@ -117,7 +118,7 @@ def _differences(record: dict) -> list[str]:
         for name, by_name in by_method.items()
     ]
     if not rows:
-        return ["No differences: a single seed, or nothing finite."]
+        return ["No differences: one method, one seed, or nothing finite."]
     heads = ("less", "epoch", *HEADS)
     return ["Delta-STN less the others, by seed:", "", *_table(heads, rows)]
 
