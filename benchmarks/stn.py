@@ -32,8 +32,8 @@ Prediction, made before measuring: 2.64 for Delta-STN on the MLP by products (7.
 2.70 GFLOP). All else a step does is done twice, so it pulls towards 2: random masks,
 and the optimizers, which read gradient, momentum and weights and write two of them (77
 MB for w0, as many for Φ). So 2.5 to 2.6, were every pass over memory as cheap. Measured
-on a busy machine: 2.6 to 2.9 in CPU time on either model. XLA counts the operations of
-a loop's body once, hence the small numbers of `delta group`.
+(RESULTS.md): 2.66, and 2.99 on the CNN: the prediction was too low. XLA counts the
+operations of a loop's body once, hence the small numbers of `delta group`.
 """
 
 import argparse

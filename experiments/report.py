@@ -279,8 +279,8 @@ SECTIONS = {
 NOT_RUN = {
     "stn_fashion_cnn": (
         "\nThe gradients of convolutions inside a `while` loop, which a `lax.scan` of\n"
-        "steps is, are 12 times slower on XLA's CPU backend than outside of one (a\n"
-        "plain step 1460 ms against 114 ms), so this one waits for a GPU:\n"
+        "steps is, take many times as long on XLA's CPU backend as outside of one, so\n"
+        "this one waits for a GPU:\n"
         "`python -m experiments.stn_mnist --preset paper-cnn`."
     ),
 }

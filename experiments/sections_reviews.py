@@ -10,7 +10,8 @@ MNIST, CIFAR = "*Delta-STN: digits, 40 % of the labels wrong*", "*Delta-STN: CIF
 REQUESTS = (
     (
         "batch norm, and its hyperparameters",
-        f"`ResNet18(norm='batch')`; ε and decay of scale and bias in {CIFAR}; the "
+        "`stn_cifar --norm batch`, ε and decay of scale and bias tuned: built and "
+        "tested, not trained yet: **open**. The "
         "tangent through the batch statistics is kept. Running statistics are those of "
         "the general pass (`tests/stn`). Their momentum is not tunable: the best "
         "weights do not depend on it.",
@@ -24,7 +25,11 @@ REQUESTS = (
         "spread of λ, the spike, a smaller outer rate",
         f"spread over seeds, excursions and outer rates × 1, .3, .1 in {RIDGE}",
     ),
-    ("reliance on a good start", f"starts -6 and 2 in {RIDGE}; `replace_hparams`"),
+    (
+        "reliance on a good start",
+        f"starts -6 and 2 in {RIDGE}; a sweep of dropout's starts, by a vmap of "
+        "`replace_hparams`, is **open**",
+    ),
     (
         "linearisation: speed or stability",
         f"with and without it in {RIDGE} (where none can show, the model being linear) "

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 
 from metax.base import Batch, BilevelProblem, Hyperparameter, Params
 
-__all__ = ["check_batch"]
+__all__ = [
+    "check_batch",
+    "check_losses",
+    "check_options",
+    "check_scales",
+    "check_used",
+]
 
 
 def check_options(

@@ -45,10 +45,9 @@ _REMEDY = (
 )
 # Affine in each parameter, output r depending on slice [..., r] alone, whatever the
 # fields are set to; every other layer is tried on random numbers first.
-_AFFINE = ("Dense", "DenseGeneral", "Conv", "Embed", "BatchNorm", "GroupNorm")
+_AFFINE = ("Dense", "DenseGeneral", "Conv", "Embed", "GroupNorm")
 
 Names = tuple[str, ...]
-Join = Callable[[jax.Array, Callable[..., jax.Array], tuple], jax.Array]
 
 
 class Visit(NamedTuple):
@@ -252,7 +251,7 @@ def _nodes_by_module(phi: Any) -> dict[Names, dict[str, Node]]:
         if isinstance(node, NoResponse):
             continue
         names = tuple(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
-        names = names[1:] if names[0] == "params" else names
+        names = names[1:] if names[:1] == ("params",) else names
         found.setdefault(names[:-1], {})[names[-1] if names else ""] = node
     return found
 
@@ -280,7 +279,8 @@ def _check_layer(
         ),
         "its parameters have other shapes than in the parameter tree, as under nn.scan "
         "over layers or nn.vmap": lambda: all(
-            _fits(node, held[leaf].shape) for leaf, node in nodes.items()
+            leaf in held and _fits(node, held[leaf].shape)
+            for leaf, node in nodes.items()
         ),
         "its output is not affine in them, or mixes their last axis": lambda: (
             _is_known(type(module))

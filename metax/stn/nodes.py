@@ -11,6 +11,7 @@ of shape (leaf.size, h) that is never formed:
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -228,7 +229,4 @@ def _fan_in(path: tuple[Any, ...], shapes: dict) -> int:
         shape = beside[0] if beside else (*shape, 1)
     is_embedding = "embedding" in jax.tree_util.keystr(path[-1:])
     inputs = shape[1:] if is_embedding and len(shape) > 1 else shape[:-1]
-    size = 1
-    for n in inputs:
-        size *= n
-    return max(size, 1)
+    return max(math.prod(inputs), 1)

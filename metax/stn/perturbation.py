@@ -100,55 +100,39 @@ def responded(
     Returns:
       What `finish` returned, over all groups, and the outputs of the whole batch.
     """
+    (params, phi), response = weights, perturbation.response
+
+    def run(piece: tuple) -> tuple[Any, Outputs]:
+        """A piece of the batch whose `hparams` are (piece, h) or (h,)."""
+        (lam_eps, eta), part, key = piece
+        natural = natural_values(perturbation.space, lam_eps, batch_size(part))
+        fn = lambda params: problem.predict(params, part, natural, key)
+        if linearized:
+            value, change = response.linearize(fn, params, phi, eta)
+            outputs = jax.tree.map(_add, value, change)
+        else:
+            outputs = response.apply(fn, params, phi, eta)
+        if eta.ndim == 2:
+            moved = ExampleWeights(params, phi, eta)
+        else:
+            moved = displaced(params, phi, eta)
+        return finish(outputs, part, natural, moved), outputs
+
     if perturbation.by != "group":
-        return _run(
-            perturbation, problem, weights, hparams, batch, key, linearized, finish
-        )
+        return run((hparams, batch, key))
     groups = perturbation.groups
     pieces = jax.tree.map(lambda x: x.reshape(groups, -1, *x.shape[1:]), batch)
     keys = None if key is None else jax.random.split(key, groups)
-
-    def run(piece: tuple) -> tuple[Any, Outputs]:
-        values, part, piece_key = piece
-        return _run(
-            perturbation, problem, weights, values, part, piece_key, linearized, finish
-        )
-
     finished, outputs = jax.lax.map(run, (hparams, pieces, keys))
     whole = jax.eval_shape(
         lambda: problem.predict(
-            weights[0],
+            params,
             batch,
             natural_values(perturbation.space, hparams[0][0], batch_size(batch)),
             key,
         )
     )
     return finished, jax.tree.map(_merge, outputs, whole)
-
-
-def _run(
-    perturbation: Perturbation,
-    problem: BilevelProblem,
-    weights: tuple[Params, ResponseParams],
-    hparams: tuple[jax.Array, jax.Array],
-    batch: Batch,
-    key: jax.Array | None,
-    linearized: bool,
-    finish: Finish,
-) -> tuple[Any, Outputs]:
-    (params, phi), (lam_eps, eta) = weights, hparams
-    natural = natural_values(perturbation.space, lam_eps, batch_size(batch))
-    fn = lambda params: problem.predict(params, batch, natural, key)
-    if linearized:
-        value, change = perturbation.response.linearize(fn, params, phi, eta)
-        outputs = jax.tree.map(_add, value, change)
-    else:
-        outputs = perturbation.response.apply(fn, params, phi, eta)
-    if eta.ndim == 2:
-        moved = ExampleWeights(params, phi, eta)
-    else:
-        moved = displaced(params, phi, eta)
-    return finish(outputs, batch, natural, moved), outputs
 
 
 def displaced(params: Params, phi: ResponseParams, eta: jax.Array) -> Params:

@@ -334,7 +334,16 @@ def test_functions_without_layers_take_the_columns():
         response.apply(fn, params, phi, eps)
 
 
-def test_check_response_agrees_on_a_layer_and_sees_a_wrong_one():
+def test_parameters_may_be_a_single_array():
+    response = best_response(1, structure="dense")
+    phi = response.init(jax.random.key(0), jnp.ones(3))
+    phi = jax.tree.map(lambda c: c + 2.0, phi)
+    x, eps = jnp.arange(6.0).reshape(2, 3), jnp.array([[1.0], [-1.0]])
+    _, change = response.linearize(lambda w: x @ w, jnp.ones(3), phi, eps)
+    np.testing.assert_allclose(change, [6.0, -24.0])
+
+
+def test_check_response_agrees_on_a_layer_of_ones_own():
     model, x, params, _, phi, _ = setting("masked")
     fn = lambda params: model.apply(params, x)
     assert check_response(fn, params, phi, jax.random.key(0), H) < 1e-5
