@@ -1,6 +1,6 @@
 """Problems to train on: data sets, models, and the tasks made of them."""
 
-from metax.tasks import ridge_solutions
+from metax.tasks import optimizees, ridge_solutions
 from metax.tasks.augmentation import crop_and_flip
 from metax.tasks.batching import EpochInfo, epochs, minibatch
 from metax.tasks.classification import classification
@@ -30,7 +30,16 @@ from metax.tasks.linear_network import (
 )
 from metax.tasks.masked import MaskedDense, MaskedEmbed, dropconnect_mask, word_mask
 from metax.tasks.mixing import mixup, smooth_labels
-from metax.tasks.models import CNN, MLP, VGG16, BatchNorm, Linear
+from metax.tasks.models import (
+    CNN,
+    MLP,
+    VGG16,
+    BatchNorm,
+    Conv,
+    Linear,
+    max_pool,
+)
+from metax.tasks.privacy import private_loss
 from metax.tasks.ranges import stock_hparams
 from metax.tasks.recurrent import LSTM, LayerState, Masks
 from metax.tasks.ridge import Examples, RidgeData, diabetes_ridge, ridge_regression
@@ -46,6 +55,7 @@ __all__ = [
     "VGG16",
     "AlexNet",
     "BatchNorm",
+    "Conv",
     "Dataset",
     "EpochInfo",
     "Examples",
@@ -84,11 +94,14 @@ __all__ = [
     "language_tuning",
     "load",
     "load_ptb",
+    "max_pool",
     "minibatch",
     "mixup",
     "network_params",
     "network_response",
     "normalization",
+    "optimizees",
+    "private_loss",
     "ridge_regression",
     "ridge_solutions",
     "row_rescaling",

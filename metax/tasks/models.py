@@ -16,7 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-__all__ = ["CNN", "MLP", "VGG16", "BatchNorm", "Linear"]
+from metax.tasks.patches import Conv, max_pool
+
+__all__ = ["CNN", "MLP", "VGG16", "BatchNorm", "Conv", "Linear", "max_pool"]
 
 # Channels of the convolutions of each block; a pooling ends the block.
 _VGG16_BLOCKS = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)
@@ -186,14 +188,7 @@ def _conv_norm_relu(x: jax.Array, channels: int, train: bool) -> jax.Array:
 
 
 def _max_pool(x: jax.Array) -> jax.Array:
-    """2 × 2 max pooling; an odd last row or column is dropped.
-
-    By reshaping, not by `nn.max_pool`: the gradient of a windowed maximum is a scatter,
-    slow on a CPU.
-    """
-    batch, height, width, channels = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    return max_pool(x, 2)
 
 
 def _flatten(x: jax.Array) -> jax.Array:

@@ -1,0 +1,160 @@
+"""Convolution and pooling that stay cheap when differentiated twice, also on a CPU.
+
+A convolution is one matrix product: every output position sees a patch of the image,
+and the patches, laid out as rows, multiply the kernel as a matrix. XLA's CPU backend
+differentiates that product as fast as it computes it, while its own convolution, taken
+twice or inside a scan, falls back to code that is many times slower; and under `vmap`
+over weights it becomes a grouped convolution, slower still. On other backends the
+convolution is the fast one.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+__all__ = ["Conv", "check_impl", "max_pool"]
+
+_IMPLS = ("auto", "gemm", "lax")
+
+
+class Conv(nn.Module):
+    """Convolution of images, with kernels glorot-uniform and biases zero at the start.
+
+        y[b, i, j, o] = Σ_{u, v, c} x[b, s·i + u, s·j + v, c] k[u, v, c, o] + bias[o]
+
+    Parameters: `kernel` [kh, kw, in, out] and `bias` [out]. The two ways to compute it
+    agree up to rounding, in value and in every derivative. "gemm" holds the patches,
+    kh · kw times the input, in memory.
+
+    Attributes:
+      features: channels of the output.
+      kernel_size: height and width of the kernel, or one number for both.
+      strides: s, or one for the height and one for the width.
+      padding: "VALID" or "SAME", the latter with ⌈size / s⌉ outputs.
+      impl: "gemm", "lax", or "auto": "gemm" on the CPU backend, "lax" elsewhere.
+
+    Raises:
+      ValueError: `impl` or `padding` is none of these.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from metax.tasks import Conv
+      >>> x = jnp.ones((1, 5, 5, 2))
+      >>> variables = Conv(3, 3, strides=2).init(jax.random.key(0), x)
+      >>> Conv(3, 3, strides=2).apply(variables, x).shape
+      (1, 2, 2, 3)
+    """
+
+    features: int
+    kernel_size: int | tuple[int, int]
+    strides: int | tuple[int, int] = 1
+    padding: str = "VALID"
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_impl(self.impl, "Conv(impl=...)")
+        if self.padding not in ("VALID", "SAME"):
+            raise ValueError(
+                f"`Conv(padding=...)` must be 'VALID' or 'SAME'; got {self.padding!r}."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x` [batch, height, width, channels] to [batch, height, width, features]."""
+        shape = (*_pair(self.kernel_size), x.shape[-1], self.features)
+        init = nn.initializers.glorot_uniform()
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
+        dtype = jnp.result_type(x, kernel)
+        impl = _impl_of_backend() if self.impl == "auto" else self.impl
+        convolve = _gemm if impl == "gemm" else _lax
+        strides = _pair(self.strides)
+        y = convolve(x.astype(dtype), kernel.astype(dtype), strides, self.padding)
+        return y + bias
+
+
+def max_pool(x: jax.Array, size: int) -> jax.Array:
+    """The maximum of each `size` × `size` square; what is left at the end is dropped.
+
+    By reshaping: the gradient of a windowed maximum (`nn.max_pool`) is a scatter, slow
+    on a CPU, and slower the second time.
+
+    Args:
+      x: [batch, height, width, channels].
+      size: of the squares and of the step between them, at least 1.
+
+    Returns:
+      [batch, height // size, width // size, channels].
+
+    Raises:
+      ValueError: `size` is below 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from metax.tasks import max_pool
+      >>> max_pool(jnp.arange(15.0).reshape(1, 3, 5, 1), 2).ravel().tolist()
+      [6.0, 8.0]
+    """
+    if size < 1:
+        raise ValueError(f"`max_pool(size=...)` must be at least 1; got {size}.")
+    batch, height, width, channels = x.shape
+    rows, columns = height // size, width // size
+    x = x[:, : rows * size, : columns * size]
+    return x.reshape(batch, rows, size, columns, size, channels).max((2, 4))
+
+
+def check_impl(impl: str, argument: str) -> None:
+    """Refuses what is no way to convolve.
+
+    Args:
+      impl: what the caller passed.
+      argument: how the error names it, e.g. `"Conv(impl=...)"`.
+
+    Raises:
+      ValueError: `impl` is unknown.
+    """
+    if impl not in _IMPLS:
+        names = ", ".join(map(repr, _IMPLS))
+        raise ValueError(f"`{argument}` must be one of {names}; got {impl!r}.")
+
+
+def _impl_of_backend() -> str:
+    return "gemm" if jax.default_backend() == "cpu" else "lax"
+
+
+def _lax(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: str
+) -> jax.Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _gemm(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: str
+) -> jax.Array:
+    """Patches as rows, ordered like the kernel's first three axes, times the kernel."""
+    height, width, _, features = kernel.shape
+    if padding == "SAME":
+        pads = jax.lax.padtype_to_pads(x.shape[1:3], (height, width), strides, "SAME")
+        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    windows = [
+        _strided(_strided(x, i, height, strides[0], axis=1), j, width, strides[1], 2)
+        for i in range(height)
+        for j in range(width)
+    ]
+    return jnp.concatenate(windows, axis=-1) @ kernel.reshape(-1, features)
+
+
+def _strided(x: jax.Array, start: int, size: int, stride: int, axis: int) -> jax.Array:
+    """What the kernel's tap `start`, of `size`, meets along an axis."""
+    num_steps = (x.shape[axis] - size) // stride
+    stop = start + num_steps * stride + 1
+    return jax.lax.slice_in_dim(x, start, stop, stride, axis)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
