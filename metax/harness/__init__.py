@@ -17,15 +17,20 @@ from metax.harness.records import (
 )
 from metax.harness.stats import (
     Interval,
+    MixedEffects,
     bootstrap_interval,
     iqm,
     mean_interval,
+    mixed_effects,
+    optimization_stability,
     paired_difference,
 )
+from metax.harness.stepping import host_unroll
 from metax.harness.training import NonFiniteError, train
 
 __all__ = [
     "Interval",
+    "MixedEffects",
     "NonFiniteError",
     "RunOptions",
     "append_metrics",
@@ -33,11 +38,14 @@ __all__ = [
     "create_run",
     "evaluate",
     "grid",
+    "host_unroll",
     "iqm",
     "latest_step",
     "long_rows",
     "mean_interval",
     "mean_rows",
+    "mixed_effects",
+    "optimization_stability",
     "paired_difference",
     "parse",
     "plot_curves",

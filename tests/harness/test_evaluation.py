@@ -8,6 +8,7 @@ import pytest
 
 from metax import Loop, Task, inner_loop, unroll
 from metax.harness import evaluate, grid, replicate, train
+from metax.harness.evaluation import evaluate_in_turn
 
 KEY = jax.random.key(5)
 DATA = jnp.arange(4.0)
@@ -153,3 +154,68 @@ def test_settings_without_one_leading_axis_are_refused(settings):
 def test_no_seeds_are_refused():
     with pytest.raises(ValueError, match=r"replicate\(num_seeds=...\).*got 0"):
         replicate(quadratic(0.1), 0)
+
+
+RATES = jnp.array([0.1, 0.3])
+
+
+def in_turn(build=quadratic, num_steps=6, num_seeds=3, judge_every=3, **options):
+    judge = lambda state, data: {"w": state.params["w"] + data.sum()}
+    how = {"num_seeds": num_seeds, "judge": judge, "judge_every": judge_every}
+    return evaluate_in_turn(build, RATES, DATA, KEY, num_steps, **how, **options)
+
+
+def test_runs_in_turn_are_those_side_by_side():
+    infos, judged = in_turn()
+    states, wanted = evaluate(grid(quadratic, RATES), DATA, KEY, 6, num_seeds=3)
+    assert judged["w"].shape == (3, 2, 2, 2)
+    # vmap may order sums differently than the single run
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), infos, wanted
+    )
+    last = states.params["w"] + DATA.sum()
+    np.testing.assert_allclose(judged["w"][:, -1], last, atol=1e-12)
+    halfway, _ = evaluate(grid(quadratic, RATES), DATA, KEY, 3, num_seeds=3)
+    first = halfway.params["w"] + DATA.sum()
+    np.testing.assert_allclose(judged["w"][:, 0], first, atol=1e-12)
+
+
+def test_runs_in_turn_share_one_compiled_step_and_show_each_stretch():
+    traces, seen = [], []
+
+    def build(rate):
+        loop = quadratic(rate)
+
+        def step(state, key, data):
+            traces.append(None)
+            return loop.step(state, key, data)
+
+        return Loop(loop.init, step)
+
+    infos, judged = in_turn(build, on_judged=lambda *pair: seen.append(pair))
+    assert len(traces) == 1
+    assert len(seen) == 3 * 2 * 2
+    np.testing.assert_array_equal(seen[1][0].loss, infos.loss[0, 3:, 0])
+    np.testing.assert_array_equal(seen[2][1]["w"], judged["w"][0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"judge_every": 4}, "judge_every=.* must divide num_steps; got judge_every=4"),
+        ({"judge_every": 0}, "judge_every=.* must be at least 1; got 0"),
+        ({"num_seeds": 0}, "num_seeds=.* must be at least 1; got 0"),
+        ({"num_steps": 0}, "num_steps=.* must be at least 1; got 0"),
+    ],
+)
+def test_runs_in_turn_refuse_what_does_not_fit(changed, said):
+    with pytest.raises(ValueError, match=r"`evaluate_in_turn\(" + said):
+        in_turn(**changed)
+
+
+def test_runs_in_turn_refuse_settings_without_an_axis():
+    judge = lambda state, data: state
+    with pytest.raises(ValueError, match=r"`evaluate_in_turn\(settings"):
+        evaluate_in_turn(
+            quadratic, 0.1, DATA, KEY, 2, num_seeds=1, judge=judge, judge_every=1
+        )
