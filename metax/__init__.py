@@ -1,6 +1,6 @@
 """metax: what people tune by hand in a training loop, learned instead."""
 
-from metax import hypergradient, implicit, stn
+from metax import amalgamation, hypergradient, implicit, stn
 from metax.base import (
     BilevelProblem,
     Hyperparameter,
@@ -22,6 +22,7 @@ __all__ = [
     "InnerState",
     "Loop",
     "Task",
+    "amalgamation",
     "check_key",
     "hypergradient",
     "implicit",

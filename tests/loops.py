@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from metax import Loop, Task, inner_loop
+from metax.amalgamation import amalgamate, perturb, pool, rnnprop
 from metax.harness import grid, replicate
 from metax.hypergradient import adam_hd
 from metax.stn import DeltaSTN, best_response, delta_stn
@@ -89,6 +90,21 @@ def _delta_stn() -> DeltaSTN:
     )
 
 
+def _amalgamation() -> Loop:
+    """Two teachers, two tasks, noise on the weights; a restart at every second step."""
+    return amalgamate(
+        _regression(),
+        rnnprop(4),
+        pool("small"),
+        reduce="minmax",
+        truncation_length=4,
+        unroll_length=8,
+        num_tasks=2,
+        warmup_steps=2,
+        perturbation=perturb.gaussian(),
+    )
+
+
 def _ridge(value: float = 1.0) -> RidgeData:
     split = _split(value)
     return RidgeData(train=Examples(*split), valid=Examples(*split))
@@ -100,6 +116,7 @@ LOOPS = {
     "epochs": Case(_epochs, _set, lambda: _set(NAN)),
     "replicate": Case(lambda: replicate(_inner(), 3), _split, lambda: _split(NAN)),
     "delta_stn": Case(_delta_stn, _ridge, lambda: _ridge(NAN)),
+    "amalgamation": Case(_amalgamation, _split, lambda: _split(NAN)),
     "grid": Case(
         lambda: grid(_inner, jnp.array([0.01, 0.1])), _split, lambda: _split(NAN)
     ),

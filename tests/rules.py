@@ -4,11 +4,21 @@ A new rule is one row of `RULES`. What a rule needs beyond gradients it says in 
 so that the battery itself knows no rule by name.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import optax
 
+from metax.amalgamation import LearnedOptimizer, choice, l2l, pool, rnnprop, with_warmup
+from metax.amalgamation.teachers import (
+    adam_constant_correction,
+    addsign,
+    momentum_ema,
+    powersign,
+)
 from metax.hypergradient import adam_hd, adamw_hd, hdm_hb, hypergradient_descent, sgd_hd
 
 
@@ -47,7 +57,26 @@ def _tower(learning_rate, hyper_learning_rate, hyper_hyper_learning_rate):
     return sgd_hd(learning_rate, hyper_optimizer=hyper)
 
 
+def _learned(
+    make: Callable[[], LearnedOptimizer], seed: int = 0
+) -> Callable[..., optax.GradientTransformationExtraArgs]:
+    """A learned optimizer behind two steps of SGD, whose rate is its only number.
+
+    Untrained ones may climb as well: each has a seed with which it descends.
+    """
+
+    @functools.cache
+    def weights() -> Any:
+        return jax.tree.map(np.asarray, make().init(jax.random.key(seed)))
+
+    def factory(learning_rate: Any) -> optax.GradientTransformationExtraArgs:
+        return with_warmup(make().rule(weights()), 2, learning_rate)
+
+    return factory
+
+
 RATES = {"learning_rate": 0.02, "hyper_learning_rate": 1e-3}
+RATE = {"learning_rate": 0.05}
 # A root inside Adam's square root: without it the derivative at a zero is NaN.
 ADAM = {"eps_root": 1e-12}
 
@@ -80,4 +109,17 @@ RULES = {
         reduces="fixed",
         sees_objective=True,
     ),
+    "addsign": Rule(addsign, RATE, reduces="fixed"),
+    "addsign_hard": Rule(addsign, RATE, {"smooth": False}, reduces="fixed"),
+    "powersign": Rule(powersign, RATE, reduces="fixed"),
+    "momentum_ema": Rule(momentum_ema, RATE, reduces="fixed"),
+    "adam_constant_correction": Rule(adam_constant_correction, RATE, reduces="fixed"),
+    "rnnprop": Rule(_learned(lambda: rnnprop(4)), RATE, reduces="fixed"),
+    "rnnprop_release": Rule(
+        _learned(lambda: rnnprop(4, input_layer=True, bias_correction="constant")),
+        RATE,
+        reduces="fixed",
+    ),
+    "l2l": Rule(_learned(lambda: l2l(4, preprocess="log_sign")), RATE, reduces="fixed"),
+    "choice": Rule(_learned(lambda: choice(pool("small"), 4)), RATE, reduces="fixed"),
 }

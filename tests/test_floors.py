@@ -38,7 +38,7 @@ def floor(metax: str = "", anywhere: str = "", inside: str = "") -> Floor:
 
 METHOD = floor("base artifact", "jax optax flax")
 FLOORS = {
-    "__init__": floor("base hypergradient implicit stn"),
+    "__init__": floor("base amalgamation hypergradient implicit stn"),
     "base": floor("", "jax optax"),
     "artifact": floor("", "jax optax", inside="safetensors"),
     "hypergradient": floor("base artifact", "jax optax"),
@@ -61,6 +61,7 @@ FILE_METHODS = {"open", "read_text", "write_text", "read_bytes", "write_bytes"}
 FORBIDDEN_NAMES = {"jax.jit", "jax.pmap", "jax.debug.print", "jax.debug.callback"}
 FORBIDDEN_IMPORTS = {"time", "logging", "datetime"}
 FILES = {
+    "artifact.py",
     "tasks/data.py",
     "tasks/text.py",
     "amalgamation/artifacts.py",

@@ -1,0 +1,57 @@
+"""How the parts of this package refuse an argument.
+
+Values are looked at only where they are concrete: traced ones pass, so that a sweep
+over learning rates stays a vmap.
+"""
+
+import math
+from typing import Any, NoReturn
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+__all__ = ["check_number", "refuse"]
+
+
+def check_number(
+    function: str,
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Refuses what is no finite scalar within its bounds.
+
+    Args:
+      function: the public name that was called, e.g. `"addsign"`.
+      name: the argument.
+      value: what the caller passed; a traced scalar passes.
+      least: the least value allowed.
+      above: what it must exceed.
+      below: what it must stay below.
+
+    Raises:
+      ValueError: naming function and argument, the rule and the value.
+    """
+    if isinstance(value, bool | str) or value is None or jnp.shape(value) != ():
+        refuse(function, name, "must be a scalar number", value)
+    if isinstance(value, jax.core.Tracer):
+        return
+    number = float(value)
+    rules = {
+        f"at least {least}": least is None or number >= least,
+        f"above {above}": above is None or number > above,
+        f"below {below}": below is None or number < below,
+        "finite": math.isfinite(number),
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        refuse(function, name, f"must be {broken[0]}", number)
+
+
+def refuse(function: str, name: str, rule: str, got: Any) -> NoReturn:
+    """Raises the `ValueError` that every refusal of this package is."""
+    raise ValueError(f"`{function}({name}=...)` {rule}; got {got}.")

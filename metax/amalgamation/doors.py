@@ -1,0 +1,202 @@
+"""What is refused before anything runs: arguments, and rules without a derivative."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import optax
+
+from metax.amalgamation.coordinates import all_finite
+
+__all__ = [
+    "check_at_least",
+    "check_differentiable",
+    "check_differentiable_student",
+    "check_one_of",
+    "check_perturbation",
+    "check_settings",
+]
+
+
+def check_differentiable(rule: optax.GradientTransformation, argument: str) -> None:
+    """Refuses a rule that cannot be differentiated through at a gradient of zero.
+
+    Two updates with a gradient that has a zero entry, and reverse mode through them.
+
+    Args:
+      rule: any optax transformation.
+      argument: how the error names it.
+
+    Raises:
+      ValueError: the derivative is not finite.
+    """
+    rule = optax.with_extra_args_support(rule)
+    params = jnp.ones(2)
+
+    def moved(grad: jax.Array) -> jax.Array:
+        first, state = rule.update(grad, rule.init(params), params)
+        second, _ = rule.update(grad, state, params)
+        return jnp.sum(jnp.asarray(first)) + jnp.sum(jnp.asarray(second))
+
+    with jax.ensure_compile_time_eval():
+        # a map compiles the whole probe as one program where it runs eagerly
+        slopes = jax.lax.map(jax.grad(moved), jnp.array([[0.0, 1.0]]))
+        fine = all_finite(slopes)
+    # rules made of traced numbers cannot be tried; they were where they were concrete
+    if not isinstance(fine, jax.core.Tracer) and not fine:
+        raise ValueError(
+            f"`{argument}` must have a finite derivative where a gradient is exactly "
+            f"zero; got {slopes[0].tolist()} at the gradient [0, 1]. Rules like Adam "
+            "need `eps_root` above 0, e.g. `optax.adam(0.005, eps=0.0, "
+            "eps_root=1e-10)`."
+        )
+
+
+def check_differentiable_student(student: Any, argument: str) -> None:
+    """Refuses a learned optimizer whose derivative in its weights is not finite.
+
+    Args:
+      student: a `LearnedOptimizer`.
+      argument: how the error names it.
+
+    Raises:
+      ValueError: reverse mode through two updates, one entry of the gradient being
+        zero, is not finite in the weights or in the gradient.
+    """
+    shapes = jax.eval_shape(student.init, jax.random.key(0))
+    params = jnp.ones(2)
+
+    def moved(theta: Any, grad: jax.Array) -> jax.Array:
+        rule = optax.with_extra_args_support(student.rule(theta))
+        first, state = rule.update(grad, rule.init(params), params)
+        second, _ = rule.update(grad, state, params)
+        return jnp.sum(jnp.asarray(first)) + jnp.sum(jnp.asarray(second))
+
+    def is_finite(value: jax.Array) -> jax.Array:
+        # any weights will do but zeros, which would hide what is multiplied by them
+        theta = jax.tree.map(lambda w: jnp.full(w.shape, value, w.dtype), shapes)
+        return all_finite(jax.grad(moved, (0, 1))(theta, jnp.array([0.0, 1.0])))
+
+    with jax.ensure_compile_time_eval():
+        fine = jax.lax.map(is_finite, jnp.full(1, 0.1)).all()
+    if not isinstance(fine, jax.core.Tracer) and not fine:
+        raise ValueError(
+            f"`{argument}` must have a finite derivative where a gradient is exactly "
+            "zero; reverse mode through two updates at the gradient [0, 1] was not "
+            "finite. Put a constant under its roots, or use an estimator that "
+            'differentiates nothing: estimator="pes" or "es".'
+        )
+
+
+def check_perturbation(perturbation: Any, student: Any, estimator: str) -> None:
+    """Refuses a perturbation that asks for gradients where none are computed.
+
+    Args:
+      perturbation: a `Perturbation`.
+      student: a `LearnedOptimizer`, for the shapes of its weights.
+      estimator: of `amalgamate`.
+
+    Raises:
+      ValueError: it calls its gradient function, and the estimator is not "bptt", or
+        it is drawn at every step.
+    """
+    asked = []
+
+    def gradient(theta: Any) -> Any:
+        asked.append(True)
+        return theta
+
+    key = jax.random.key(0)
+    shapes = jax.eval_shape(student.init, key)
+    jax.eval_shape(lambda t, k: perturbation.apply(t, k, gradient), shapes, key)
+    if asked and (estimator != "bptt" or perturbation.every == "step"):
+        raise ValueError(
+            "`amalgamate(perturbation=...)` must not be adversarial with "
+            f"estimator={estimator!r} or at every step, where no gradient of the "
+            "truncation is at hand; got one that asks for gradients. Use "
+            "`perturb.gaussian`."
+        )
+
+
+def check_at_least(
+    function: str, least: int, *, below: bool = False, **values: Any
+) -> None:
+    """Refuses concrete values under `least`, and at it where `below`."""
+    for name, value in values.items():
+        if isinstance(value, jax.core.Tracer):
+            continue
+        fine = value > least if below else value >= least
+        if not fine:
+            rule = "above" if below else "at least"
+            raise ValueError(
+                f"`{function}({name}=...)` must be {rule} {least}; got {value}."
+            )
+
+
+def check_one_of(
+    function: str, name: str, value: Any, allowed: tuple[str, ...]
+) -> None:
+    """Refuses a word that is not among `allowed`."""
+    if value not in allowed:
+        words = " or ".join(f'"{word}"' for word in allowed)
+        raise ValueError(f"`{function}({name}=...)` must be {words}; got {value!r}.")
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """The arguments of `amalgamate` by their rules.
+
+    Args:
+      settings: the arguments by name.
+
+    Raises:
+      ValueError: an argument outside its range, or two that do not go together.
+    """
+    s, name = settings, "amalgamate"
+    words = {
+        "reduce": ("mean", "minmax", "softmax"),
+        "combine": ("sum", "switch"),
+        "warmup_coordinates": ("true", "scaled"),
+        "estimator": ("bptt", "pes", "es"),
+        "remat": ("none", "step", "block"),
+        "distance_coordinates": ("scaled", "true"),
+    }
+    for word, allowed in words.items():
+        check_one_of(name, word, s[word], allowed)
+    whole = ("truncation_length", "unroll_length", "num_tasks")
+    check_at_least(name, 1, **{key: s[key] for key in whole})
+    positive = ("softmax_tau", "es_std", "distance_eps")
+    check_at_least(name, 0, below=True, **{key: s[key] for key in positive})
+    if s["huber_delta"] is not None:
+        check_at_least(name, 0, below=True, huber_delta=s["huber_delta"])
+    least = ("random_scale", "imitation_weight", "input_noise", "warmup_steps",
+             "warmup_learning_rate")  # fmt: skip
+    check_at_least(name, 0, **{key: s[key] for key in least})
+    if s["unroll_length"] % s["truncation_length"]:
+        raise ValueError(
+            "`amalgamate(truncation_length=...)` must divide `unroll_length`; got "
+            f"truncation_length={s['truncation_length']}, "
+            f"unroll_length={s['unroll_length']}."
+        )
+    num = len(s["teachers"])
+    if s["reduce"] in ("minmax", "softmax") and num < 2:
+        raise ValueError(
+            f"`amalgamate(reduce={s['reduce']!r})` must have at least two teachers to "
+            f'choose from; got {num}. With one, or none, use reduce="mean".'
+        )
+    if s["combine"] == "switch":
+        _check_switch(num, s["imitation_weight"])
+
+
+def _check_switch(num_teachers: int, weight: Any) -> None:
+    if not num_teachers:
+        raise ValueError(
+            '`amalgamate(combine="switch")` must have a teacher to switch to; '
+            "got teachers={}."
+        )
+    if not isinstance(weight, jax.core.Tracer) and not weight <= 1:
+        raise ValueError(
+            "`amalgamate(imitation_weight=...)` must lie in [0, 1] with "
+            f'combine="switch", where it is a probability; got {weight}.'
+        )
