@@ -23,7 +23,7 @@ __all__ = [
     "lstm",
     "lstm_init",
     "unflatten",
-    "zero_carry",
+    "zero_carries",
 ]
 
 Params = Any
@@ -136,6 +136,9 @@ def lstm(
     return o * jnp.tanh(c), c
 
 
-def zero_carry(num: int, size: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The (h, c) of a layer before the first step, for `num` coordinates."""
-    return jnp.zeros((num, size), dtype), jnp.zeros((num, size), dtype)
+def zero_carries(
+    num_layers: int, num: int, size: int, dtype: Any
+) -> tuple[tuple[jax.Array, jax.Array], ...]:
+    """The (h, c) of each layer before the first step, for `num` coordinates."""
+    zeros = lambda: jnp.zeros((num, size), dtype)
+    return tuple((zeros(), zeros()) for _ in range(num_layers))

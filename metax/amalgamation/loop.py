@@ -273,6 +273,7 @@ def amalgamate(
         gradient, carry, (loss, measured) = estimate(
             loss_fn, theta, carry, key_estimate
         )
+        before = state.theta
         state, is_finite = meta_update(meta_optimizer, state, gradient, loss)
         length = state.inner_step + truncation_length
         state = state._replace(
@@ -285,7 +286,7 @@ def amalgamate(
         )
         size = sum(leaf.size for leaf in jax.tree.leaves(state.params)) // num_tasks
         floor = jnp.log(distance_eps) - jnp.log(size)
-        shown = show(measured, loss, gradient, state.theta, list(teachers), floor)
+        shown = show(measured, loss, gradient, before, list(teachers), floor)
         info = shown._replace(restarted=due, is_finite=is_finite)
         return truncate(state), info
 
@@ -306,7 +307,8 @@ def release_settings() -> dict[str, Any]:
         warm-up by 0.05, in the scaled coordinates      these settings
         distances in the scaled coordinates             these settings, and the default
         new noise on the weights at every step          perturb.gaussian(5e-4, every=
-                                                          "step")
+                                                          "step"); its own is smaller
+                                                          by √|w| than Eq. 5 says
 
     Returns:
       Keyword arguments, new at each call.

@@ -22,8 +22,9 @@ import numpy as np
 
 __all__ = ["Dataset", "Split", "load", "normalization"]
 
-_PREPARED = ("mnist", "fashion_mnist", "cifar10")
-_NAMES = ("digits", *_PREPARED)
+# what experiments/prepare_data.py makes, and what tensorflow-datasets alone does
+_OURS = ("mnist", "fashion_mnist", "cifar10")
+_NAMES = ("digits", *_OURS, "cifar100", "svhn_cropped")
 
 # Mean and standard deviation of each channel over the training images, and the stored
 # value that stands for full intensity: 16 for the digits, 255 for the others.
@@ -76,10 +77,12 @@ def load(
 
     `"mnist"`, `"fashion_mnist"` (60000 and 10000 images of 28 × 28) and `"cifar10"`
     (50000 and 10000 of 32 × 32 × 3) come from prepared folders, in the order of their
-    records; `experiments/prepare_data.py` makes them from the raw files.
+    records; `experiments/prepare_data.py` makes them from the raw files. `"cifar100"`,
+    by its fine labels, and `"svhn_cropped"` are read likewise, from folders that
+    tensorflow-datasets itself has prepared.
 
     Args:
-      name: one of the four names above.
+      name: one of the six names above.
       data_dir: the folder that holds `mnist/3.0.1` and the like; by default
         `$TFDS_DATA_DIR`, and without it `~/tensorflow_datasets`.
       cache_dir: where decoded arrays are kept, 47 to 185 MB a set; by default
@@ -122,7 +125,8 @@ def normalization(name: str) -> tuple[np.ndarray, np.ndarray]:
     0.3058 × 16 for the digits, whose full intensity is 16.
 
     Args:
-      name: a set that `load` knows, for the figures of its own training images; or
+      name: "digits", "mnist", "fashion_mnist" or "cifar10", for the figures of its own
+        training images; or
         `"imagenet"`, the customary figures for colour photographs, with which many
         published settings for CIFAR-10 work.
 
@@ -167,20 +171,23 @@ def _prepared_folder(name: str, data_dir: str | os.PathLike | None) -> Path:
     root = Path(default if data_dir is None else data_dir).expanduser().resolve()
     found = [path.parent for path in root.glob(f"{name}/*.*.*/dataset_info.json")]
     if not found:
+        ours = (
+            f"from its raw files, for which `python -m experiments.prepare_data {name} "
+            "--raw DIR` needs no TensorFlow, or "
+        )
         raise FileNotFoundError(
             f"`load({name!r})` looked for {root / name}/<version>/dataset_info.json "
             "and found none. If the set is elsewhere, set TFDS_DATA_DIR or pass "
-            "data_dir. If not, prepare it from its raw files, for which "
-            f"`python -m experiments.prepare_data {name} --raw DIR` needs no "
-            "TensorFlow, or by tensorflow-datasets with file_format='array_record'."
+            f"data_dir. If not, prepare it {ours if name in _OURS else ''}by "
+            "tensorflow-datasets with file_format='array_record'."
         )
     folder = max(found, key=_version)
     form = json.loads((folder / "dataset_info.json").read_text()).get("fileFormat")
     if form != "array_record":
         raise ValueError(
             f"`load({name!r})` reads folders in the format 'array_record'; {folder} is "
-            f"in {form!r}. Prepare it with file_format='array_record' or by "
-            f"`python -m experiments.prepare_data {name} --raw DIR`."
+            f"in {form!r}. Prepare it with file_format='array_record'; "
+            "`python -m experiments.prepare_data` does, for the sets it knows."
         )
     return folder
 

@@ -80,7 +80,7 @@ class CNN(nn.Module):
         for channels in self.channels:
             init = _uniform(5 * 5 * x.shape[-1])
             conv = nn.Conv(channels, (5, 5), kernel_init=init, bias_init=init)
-            x = _max_pool(nn.relu(conv(x)))
+            x = max_pool(nn.relu(conv(x)), 2)
         x = nn.relu(_dense(_flatten(x), self.width))
         return _dense(x, self.num_classes)
 
@@ -170,7 +170,7 @@ class VGG16(nn.Module):
         for block in _VGG16_BLOCKS:
             for channels in block:
                 x = _conv_norm_relu(x, self._scaled(channels), train)
-            x = _max_pool(x)
+            x = max_pool(x, 2)
         x = _flatten(x)
         for _ in range(2):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
@@ -185,10 +185,6 @@ def _conv_norm_relu(x: jax.Array, channels: int, train: bool) -> jax.Array:
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
     x = nn.Conv(channels, (3, 3), kernel_init=init)(x)
     return nn.relu(BatchNorm()(x, train=train))
-
-
-def _max_pool(x: jax.Array) -> jax.Array:
-    return max_pool(x, 2)
 
 
 def _flatten(x: jax.Array) -> jax.Array:

@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 
 from metax.tasks.dropout import dropout
-from metax.tasks.models import BatchNorm, _flatten, _max_pool, _uniform
+from metax.tasks.models import BatchNorm, _flatten, _uniform
+from metax.tasks.patches import max_pool
 
 __all__ = ["AlexNet", "ResNet18", "SimpleCNN", "TunableMLP", "TunableVGG16"]
 
@@ -92,7 +93,7 @@ class SimpleCNN(nn.Module):
         drop = _dropper(self, rates, train)
         x = drop("input_dropout", x, "channel" if self.channelwise else "element")
         for i, channels in enumerate(self.channels, 1):
-            x = _max_pool(nn.relu(_conv(x, channels, f"conv_{i}", size=5)))
+            x = max_pool(nn.relu(_conv(x, channels, f"conv_{i}", size=5)), 2)
             x = drop(f"dropout_{i}", x, "channel")
         x = nn.relu(_dense(_flatten(x), self.width, "fc_1"))
         return _dense(drop("dropout_fc", x, "element"), self.num_classes, "output")
@@ -130,7 +131,7 @@ class AlexNet(nn.Module):
             width = _scaled(self.scale, channels)
             x = nn.relu(_conv(x, width, f"conv_{i}", stride=2 if i == 1 else 1))
             x = drop(f"dropout_{i}", x, "channel")
-            x = _max_pool(x) if i in (1, 2, 5) else x
+            x = max_pool(x, 2) if i in (1, 2, 5) else x
         x = _flatten(x)
         for i in (1, 2):
             x = nn.relu(_dense(x, _scaled(self.scale, 4096), f"fc_{i}"))
@@ -171,7 +172,7 @@ class TunableVGG16(nn.Module):
                 init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
                 conv = nn.Conv(width, (3, 3), kernel_init=init, name=f"conv_{i}")
                 x = drop(f"dropout_{i}", nn.relu(conv(x)), "channel")
-            x = _max_pool(x)
+            x = max_pool(x, 2)
         x = _flatten(x)
         for i in (1, 2):
             x = nn.relu(_dense(x, _scaled(self.scale, 512), f"fc_{i}"))

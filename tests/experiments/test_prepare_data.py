@@ -92,6 +92,22 @@ def test_prepared_cifar10_loads_bit_for_bit(cifar10, raw, tmp_path):
     assert_loads(cifar10, "cifar10", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["cifar100", "svhn_cropped"])
+def test_folders_of_tensorflow_datasets_are_read_like_ours(
+    name, cifar10, raw, tmp_path
+):
+    """Their published format: records and features of the same make, another name."""
+    made = prepare("cifar10", raw, tmp_path / "made")
+    folder = tmp_path / "out" / name / "3.0.2"
+    folder.mkdir(parents=True)
+    for path in made.iterdir():
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            content = content.replace(b'"cifar10"', f'"{name}"'.encode())
+        (folder / path.name.replace("cifar10", name)).write_bytes(content)
+    assert_loads(cifar10, name, tmp_path)
+
+
 def test_tensorflow_datasets_reads_the_set_by_name(cifar10, raw, tmp_path):
     import tensorflow_datasets as tfds
 

@@ -183,6 +183,9 @@ def test_missing_set_says_where_and_how_to_get_it(tmp_path):
         load("cifar10", data_dir=tmp_path)
     for word in (str(tmp_path), "TFDS_DATA_DIR", "experiments.prepare_data cifar10"):
         assert word in str(error.value)
+    # a script that does not know the set is not recommended for it
+    with pytest.raises(FileNotFoundError, match=r"prepare it by tensorflow-datasets"):
+        load("cifar100", data_dir=tmp_path)
 
 
 def test_other_record_formats_are_refused(prepared, tmp_path):
