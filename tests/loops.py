@@ -4,6 +4,7 @@ A new Loop is one row of `LOOPS`. Rows are built by functions, since the battery
 builds them anew in another process.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -90,19 +91,24 @@ def _delta_stn() -> DeltaSTN:
     )
 
 
+@functools.cache
 def _amalgamation() -> Loop:
-    """Two teachers, two tasks, noise on the weights; a restart at every second step."""
-    return amalgamate(
+    """Two teachers, two tasks, noise on the weights; a restart at every second step.
+
+    Jitted and built once: it is the largest program here, and slow without.
+    """
+    loop = amalgamate(
         _regression(),
-        rnnprop(4),
+        rnnprop(4, 1),
         pool("small"),
         reduce="minmax",
-        truncation_length=4,
-        unroll_length=8,
+        truncation_length=2,
+        unroll_length=4,
         num_tasks=2,
         warmup_steps=2,
         perturbation=perturb.gaussian(),
     )
+    return Loop(jax.jit(loop.init), jax.jit(loop.step))
 
 
 def _ridge(value: float = 1.0) -> RidgeData:

@@ -66,11 +66,13 @@ def _learned(
     """
 
     @functools.cache
-    def weights() -> Any:
-        return jax.tree.map(np.asarray, make().init(jax.random.key(seed)))
+    def trained() -> tuple[LearnedOptimizer, Any]:
+        student = make()
+        return student, jax.tree.map(np.asarray, student.init(jax.random.key(seed)))
 
     def factory(learning_rate: Any) -> optax.GradientTransformationExtraArgs:
-        return with_warmup(make().rule(weights()), 2, learning_rate)
+        student, theta = trained()
+        return with_warmup(student.rule(theta), 2, learning_rate)
 
     return factory
 
@@ -114,12 +116,18 @@ RULES = {
     "powersign": Rule(powersign, RATE, reduces="fixed"),
     "momentum_ema": Rule(momentum_ema, RATE, reduces="fixed"),
     "adam_constant_correction": Rule(adam_constant_correction, RATE, reduces="fixed"),
-    "rnnprop": Rule(_learned(lambda: rnnprop(4)), RATE, reduces="fixed"),
+    "rnnprop": Rule(_learned(lambda: rnnprop(3, 1)), RATE, reduces="fixed"),
     "rnnprop_release": Rule(
-        _learned(lambda: rnnprop(4, input_layer=True, bias_correction="constant")),
+        _learned(
+            lambda: rnnprop(3, 1, input_layer=True, bias_correction="constant"), seed=2
+        ),
         RATE,
         reduces="fixed",
     ),
-    "l2l": Rule(_learned(lambda: l2l(4, preprocess="log_sign")), RATE, reduces="fixed"),
-    "choice": Rule(_learned(lambda: choice(pool("small"), 4)), RATE, reduces="fixed"),
+    "l2l": Rule(
+        _learned(lambda: l2l(3, 1, preprocess="log_sign")), RATE, reduces="fixed"
+    ),
+    "choice": Rule(
+        _learned(lambda: choice(pool("small"), 3, num_layers=1)), RATE, reduces="fixed"
+    ),
 }

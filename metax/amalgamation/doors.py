@@ -48,7 +48,7 @@ def check_differentiable(rule: optax.GradientTransformation, argument: str) -> N
     if not isinstance(fine, jax.core.Tracer) and not fine:
         raise ValueError(
             f"`{argument}` must have a finite derivative where a gradient is exactly "
-            f"zero; got {slopes[0].tolist()} at the gradient [0, 1]. Rules like Adam "
+            f"zero; got {slopes.tolist()[0]} at the gradient [0, 1]. Rules like Adam "
             "need `eps_root` above 0, e.g. `optax.adam(0.005, eps=0.0, "
             "eps_root=1e-10)`."
         )

@@ -124,7 +124,8 @@ def pes_start(theta: Params, params: Params, student_state: Any) -> PESState:
     """The state after a restart of the tasks: nothing summed, both signs together."""
     num = len(jax.tree.leaves(params)[0])
     zeros = jax.tree.map(lambda w: jnp.zeros((num, *w.shape), w.dtype), theta)
-    return PESState(zeros, params, student_state)
+    # copies: an array that stands twice in a state cannot be donated
+    return PESState(zeros, *jax.tree.map(jnp.copy, (params, student_state)))
 
 
 def over_tasks(fn: Callable[..., Any], in_axes: Any = (None, 0)) -> Callable[..., Any]:

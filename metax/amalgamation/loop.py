@@ -193,7 +193,8 @@ def amalgamate(
         if by_step
         else None,
     )
-    teachers = dict(teachers)
+    # in the order that dicts have as pytrees: distances stand along an axis
+    teachers = dict(sorted(teachers.items()))
     begin, draw_anew = restarts(
         task,
         student,

@@ -119,7 +119,8 @@ def restarts(
         return Restart(
             params=params,
             student_state=student.rule(theta).init(params),
-            teacher_params=dict.fromkeys(wrapped, params),
+            # copies: an array that stands twice in a state cannot be donated
+            teacher_params={name: jax.tree.map(jnp.copy, params) for name in wrapped},
             teacher_states={name: rule.init(params) for name, rule in wrapped.items()},
             scale=draw_scale(params, random_scale, key_scale),
         )

@@ -222,7 +222,7 @@ def test_after_the_last_repeat_training_goes_on_from_the_best_attempt():
 
 def test_a_validation_that_is_not_finite_counts_as_infinite():
     script = Script([(-1, NAN), (-1, -INF), (-1, -1.0), (-1, -0.9)])
-    result = script(stages=TWO_STAGES[:1], max_repeats=0)
+    result = script(stages=TWO_STAGES[:1], max_repeats=0, min_periods=4)
     assert [r.validation for r in result.records[:2]] == [INF, INF]
     assert result.theta == 3
 

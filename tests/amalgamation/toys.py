@@ -64,7 +64,8 @@ def descent(log_rate: float = -2.0, decay: float = 0.0) -> LearnedOptimizer:
         return optax.GradientTransformationExtraArgs(init, update)
 
     def init(key: jax.Array) -> Any:
-        return {"log_rate": jnp.array(log_rate), "decay": jnp.array(decay)}
+        number = lambda value: jnp.full((), value, float)
+        return {"log_rate": number(log_rate), "decay": number(decay)}
 
     return LearnedOptimizer(init, rule)
 
