@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Conv", "check_impl", "max_pool"]
+__all__ = ["Conv", "check_impl", "convolve_gray", "max_pool"]
 
 _IMPLS = ("auto", "gemm", "lax")
 
@@ -104,6 +104,31 @@ def max_pool(x: jax.Array, size: int) -> jax.Array:
     rows, columns = height // size, width // size
     x = x[:, : rows * size, : columns * size]
     return x.reshape(batch, rows, size, columns, size, channels).max((2, 4))
+
+
+def convolve_gray(
+    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
+) -> jax.Array:
+    """`jax.lax.conv_general_dilated`, for `nn.Conv` on images of one channel.
+
+    XLA's own convolution of one channel is slow on CPUs; a product with patches is not,
+    and the patches of one channel are small.
+
+    Args:
+      x: [batch, height, width, 1].
+      kernel: [height, width, 1, features].
+      strides: as `nn.Conv` passes it, as the others.
+      padding: likewise.
+      **options: likewise; ignored on CPUs, where `nn.Conv`'s defaults are taken for
+        granted.
+
+    Returns:
+      [batch, height, width, features].
+    """
+    if _impl_of_backend() == "lax" or isinstance(padding, str):
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    return _gemm(x, kernel, _pair(strides), "VALID")
 
 
 def check_impl(impl: str, argument: str) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 import metax.tasks.models
 from metax.tasks import Conv, max_pool
+from metax.tasks.patches import convolve_gray
 
 KEY = jax.random.key(0)
 
@@ -147,3 +148,22 @@ def test_bad_arguments_are_named():
         Conv(2, 3, padding="CIRCULAR")
     with pytest.raises(ValueError, match=r"max_pool\(size=...\).*got 0"):
         max_pool(jnp.zeros((1, 2, 2, 1)), 0)
+
+
+@pytest.mark.parametrize(("padding", "stride"), [(2, 1), (1, 2), (0, 1)])
+def test_a_convolution_of_one_channel_is_that_of_flax(padding, stride):
+    x = jax.random.normal(jax.random.key(0), (2, 9, 8, 1))
+    how = {"strides": stride, "padding": padding, "param_dtype": jnp.float64}
+    plain = nn.Conv(3, (5, 3), **how)
+    ours = nn.Conv(3, (5, 3), conv_general_dilated=convolve_gray, **how)
+
+    @jax.jit
+    def difference(key):
+        params = plain.init(key, x)
+        value = lambda model: jax.value_and_grad(
+            lambda p: jnp.sum(jnp.sin(model.apply(p, x)))
+        )(params)
+        return jax.tree.map(jnp.subtract, value(plain), value(ours))
+
+    for leaf in jax.tree.leaves(difference(jax.random.key(1))):
+        np.testing.assert_allclose(leaf, 0, atol=1e-12)
