@@ -37,7 +37,7 @@ def draw_scale(params: Params, random_scale: Any, key: jax.Array) -> Params:
 
 def warm_up(
     task: Task,
-    rules: Sequence[tuple[optax.GradientTransformationExtraArgs, Params]],
+    rules: Sequence[tuple[optax.GradientTransformationExtraArgs, Params | None]],
     params: Params,
     states: tuple[Any, ...],
     keys: jax.Array,
@@ -51,7 +51,8 @@ def warm_up(
 
     Args:
       task: the optimizee.
-      rules: each with its scale s: it sees s ∘ ∇M, and θ/s as parameters.
+      rules: each with its scale s: it sees s ∘ ∇M, and θ/s as parameters; None for
+        rules that work in true coordinates.
       params: where to start, in true coordinates.
       states: the state of each rule.
       keys: [steps].
@@ -67,11 +68,18 @@ def warm_up(
     def step(carry: Any, key: jax.Array) -> tuple[Any, None]:
         params, states = carry
         batch, key_loss = draw(task, data, key)
-        grad = jax.grad(task.loss)(params, batch, key_loss)
+        value_fn = lambda params: task.loss(params, batch, key_loss)
+        value, grad = jax.value_and_grad(value_fn)(params)
+        # what `inner_loop` hands on, for rules that look at the objective themselves
+        extra = {"value": value, "grad": grad, "value_fn": value_fn}
         new = []
         for (rule, scale), state in zip(rules, states, strict=True):
-            seen = jax.tree.map(jnp.divide, params, scale)
-            new.append(rule.update(times(scale, grad), state, seen, warmup=True)[1])
+            if scale is None:
+                _, after = rule.update(grad, state, params, warmup=True, **extra)
+            else:
+                seen = jax.tree.map(jnp.divide, params, scale)
+                _, after = rule.update(times(scale, grad), state, seen, warmup=True)
+            new.append(after)
         moved = jax.tree.map(
             lambda p, s, g: (p - learning_rate * s * g).astype(p.dtype),
             params,
@@ -130,8 +138,8 @@ def restarts(
         fresh = begin(theta, key_begin)
         ones = jax.tree.map(jnp.ones_like, fresh.scale)
         rate_scale = jax.tree.map(jnp.square, fresh.scale) if scaled_warmup else ones
-        rules = [(student.rule(theta), fresh.scale)]
-        rules += [(rule, ones) for rule in wrapped.values()]
+        rules: list[Any] = [(student.rule(theta), fresh.scale)]
+        rules += [(rule, None) for rule in wrapped.values()]
         states = (fresh.student_state, *fresh.teacher_states.values())
         keys = jax.random.split(key_warm, warmup_steps)
         how = (keys, data, warmup_learning_rate, rate_scale)

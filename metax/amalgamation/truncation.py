@@ -222,7 +222,8 @@ def student_objective(
         starts = start_losses(task, fixed.params, fixed.keys, data)
         xs = ((fixed.keys, noise), starts, fixed.trajectories)
         last, (losses, counted, far, alive) = scan_steps(step, carry, xs, remat)
-        meta = meta_loss(counted, starts)
+        # the first loss is that of the start, computed by another program
+        meta = meta_loss(counted.at[0].set(starts[0]), starts)
         imitation = jnp.mean(reduce(far)) if far.shape[-1] else jnp.zeros_like(meta)
         loss = fixed.parts[0] * meta + fixed.parts[1] * imitation
         after = fixed._replace(params=last[0], student_state=last[1])

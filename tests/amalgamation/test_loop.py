@@ -274,6 +274,16 @@ def test_warmup_advances_counts_and_moments_and_recurrent_states_rest(make):
         assert all(leaf.all() for leaf in jax.tree.leaves(after.student_state.mu))
 
 
+def test_teachers_see_the_objective_in_warmup_and_after_it():
+    def update(grads, state, params, *, value, grad, value_fn, **extra):
+        return jax.tree.map(jnp.negative, grads), state + value_fn(params) - value
+
+    watcher = optax.GradientTransformationExtraArgs(lambda p: jnp.zeros(()), update)
+    loop = build(PARABOLA, toys.walking(), {"watcher": watcher})
+    state, _ = begun(loop, ())
+    assert state.teacher_states["watcher"].tolist() == [0.0]
+
+
 def test_release_warms_up_in_scaled_coordinates():
     """That is at a rate of lr s² in true ones, sinh(6)/6 = 33.6 lr in the mean."""
     assert release_settings()["warmup_coordinates"] == "scaled"
