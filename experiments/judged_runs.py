@@ -5,7 +5,7 @@ here, under the names of `metax.stn.delta_stn` where these take them.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +14,20 @@ import numpy as np
 import optax
 
 from metax import BilevelProblem, Loop, Task, inner_loop, unroll
-from metax.harness import evaluate, paired_difference
+from metax.harness import evaluate, evaluate_in_turn, grid, paired_difference
 from metax.stn import DeltaSTN, delta_stn
-from metax.tasks import ImageTuning, TuningData, corrupt_labels, hold_out, load
+from metax.tasks import (
+    ImageTuning,
+    SimpleCNN,
+    TunableMLP,
+    TuningData,
+    corrupt_labels,
+    hold_out,
+    image_tuning,
+    load,
+    normalization,
+    stock_hparams,
+)
 
 QUANTITIES = ("valid_loss", "test_loss", "valid_accuracy", "test_accuracy")
 VALID_COST = 1.3  # of a noisy validation step, in plain steps, by its FLOPs
@@ -35,6 +46,19 @@ def prepare(config: Any, key: jax.Array, num_train: int = 0) -> TuningData:
     data = hold_out(load(config.dataset, data_dir=config.data_dir), 0.15)
     train = type(data.train)(*(x[: num_train or None] for x in data.train))
     return data._replace(train=corrupt_labels(train, config.corrupted, key, 10))
+
+
+def network(
+    config: Any, image: np.ndarray, more: Sequence[str] = (), rates: bool = True
+) -> ImageTuning:
+    """An MLP or SimpleCNN; tuned: dropout rates, cutout of the latter, and `more`."""
+    is_mlp = config.model == "mlp"
+    model = TunableMLP(10, config.widths) if is_mlp else SimpleCNN(10)
+    cutout = () if is_mlp else ("cutout_length", "cutout_holes")
+    hparams = stock_hparams([*((*model.rate_names, *cutout) if rates else ()), *more])
+    mean, std = normalization(config.dataset)
+    size = config.batch_size
+    return image_tuning(model, image, hparams, batch_size=size, mean=mean, std=std)
 
 
 def fixed_values(problem: BilevelProblem, name: str) -> dict[str, float]:
@@ -86,36 +110,105 @@ def tuned_loop(
     )
 
 
-def watch(
-    judged: ImageTuning, loop: Any, num_steps: int, weights: Callable[[Any], Any]
-) -> Loop:
-    """A loop whose step is `num_steps` of another's, after which weights are judged."""
+def without_scan(config: Any, problem: BilevelProblem, tuned: DeltaSTN) -> Loop:
+    """The steps of `tuned`, by the same keys, with no loop and no branch inside.
+
+    A validation step is taken in the warm-up as well, and thrown away there.
+    """
+
+    def step(state: Any, key: jax.Array, data: TuningData) -> tuple[Any, Any]:
+        key_train, key_valid = jax.random.split(key)
+        is_tuning, losses = state.count >= config.warmup_steps, []
+        for key_one in jax.random.split(key_train, config.train_steps):
+            key_sample, key_step = jax.random.split(key_one)
+            batch = problem.sample_train(data, key_sample)
+            state, info = tuned.train_step(state, batch, key_step)
+            losses.append(info.train_loss)
+        key_sample, key_step = jax.random.split(jax.random.split(key_valid, 1)[0])
+        batch = problem.sample_valid(data, key_sample)
+        after = tuned.valid_step(state, batch, key_step)
+        choose = lambda new, old: jnp.where(is_tuning, new, old)
+        state, info = jax.tree.map(choose, after, (state, info))
+        return state, info._replace(train_loss=jnp.stack(losses).mean())
+
+    return Loop(tuned.init, step)
+
+
+class Part(NamedTuple):
+    """What is judged: a loop, its steps between judgements, the weights of a state."""
+
+    loop: Any
+    num_steps: int
+    weights: Callable[[Any], Any]
+
+
+def watch(judged: ImageTuning, part: Part) -> Loop:
+    """A loop whose step is a stretch of another's, after which weights are judged."""
 
     def step(state: Any, key: jax.Array, data: TuningData) -> tuple[Any, Watched]:
-        keys = jax.random.split(key, num_steps)
-        state, steps = unroll(loop, state, keys, data)
-        params = weights(state)
-        valid, test = (judged.evaluate(params, x) for x in (data.valid, data.test))
-        return state, Watched(steps, valid, test)
+        keys = jax.random.split(key, part.num_steps)
+        state, steps = unroll(part.loop, state, keys, data)
+        return state, Watched(steps, *_worth(judged, part, state, data))
 
-    return Loop(loop.init, step)
+    return Loop(part.loop.init, step)
+
+
+def _worth(judged: ImageTuning, part: Part, state: Any, data: TuningData) -> Any:
+    params = part.weights(state)
+    return tuple(judged.evaluate(params, x) for x in (data.valid, data.test))
 
 
 def run_watched(
-    loop: Loop, data: TuningData, key: jax.Array, num: int, num_seeds: int, label: str,
+    judged: ImageTuning, build: Callable[[Any], Part], settings: Any, data: TuningData,
+    key: jax.Array, num: int, num_seeds: int, label: str, *, by_step: bool = False,
     see: Callable[[Watched], Any] = lambda infos: None,
 ) -> tuple[Watched, float]:  # fmt: skip
-    """Infos of `num` judged stretches, and the seconds of all without compilation."""
+    """Infos [seeds, `num`, settings, ...], and the seconds without compilation.
+
+    All runs are one program, or, `by_step`, a step is one and the runs take turns.
+    """
     marks = [time.perf_counter()]
 
-    def on_chunk(step: int, state: Any, infos: Watched) -> None:
+    def look(infos: Watched) -> None:
         marks.append(time.perf_counter())
         see(infos)
 
-    how: dict[str, Any] = {"chunk": 1, "on_chunk": on_chunk, "progress": label}
-    _, infos = evaluate(loop, data, key, num, num_seeds=num_seeds, **how)
+    if by_step:
+        infos = _in_turn(
+            judged, build, settings, data, key, num, num_seeds, label, look
+        )
+        turns = num * num_seeds * infos.valid["loss"].shape[2]
+    else:
+        loop = grid(lambda setting: watch(judged, build(setting)), settings)
+        on_chunk = lambda step, state, infos: look(infos)
+        how: dict[str, Any] = {"chunk": 1, "on_chunk": on_chunk, "progress": label}
+        _, infos = evaluate(loop, data, key, num, num_seeds=num_seeds, **how)
+        turns = num
     # the first stretch holds the compilation
-    return infos, float(np.median(np.diff(marks)[-max(num - 1, 1) :]) * num)
+    return infos, float(np.median(np.diff(marks)[-max(turns - 1, 1) :]) * turns)
+
+
+def _in_turn(
+    judged: ImageTuning, build: Callable[[Any], Part], settings: Any, data: TuningData,
+    key: jax.Array, num: int, num_seeds: int, label: str, see: Callable,
+) -> Watched:  # fmt: skip
+    part = build(jax.tree.map(lambda x: x[0], settings))
+    infos, worth = evaluate_in_turn(
+        lambda setting: build(setting).loop,
+        settings,
+        data,
+        key,
+        num * part.num_steps,
+        num_seeds=num_seeds,
+        judge=lambda state, data: _worth(judged, part, state, data),
+        judge_every=part.num_steps,
+        on_judged=lambda infos, worth: see(Watched(infos, *worth)),
+        progress=label,
+    )
+    by_stretch = lambda x: np.moveaxis(
+        x.reshape(num_seeds, num, part.num_steps, *x.shape[2:]), 2, 3
+    )
+    return Watched(jax.tree.map(by_stretch, infos), *worth)
 
 
 def judgements(infos: Watched) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def images(record: dict) -> list[str]:
         "`final`: after the last step; `best`: at the least validation loss of the",
         "seed. Rates: of weights and of hyperparameters, chosen by validation for",
         "either row. Gradients: of the plain network, by floating point operations.",
-        "Seconds: of a run on a busy machine, runs side by side.",
+        f"Seconds: of a run on a busy machine, runs {_how(config)}.",
         "",
         *_table(heads, rows),
         "",
@@ -68,15 +68,58 @@ def baselines(record: dict) -> list[str]:
         *_setting(record["config"]),
         "`final`: the trial of least last validation loss; `best`: the trial and epoch",
         "of least validation loss, so early stopping is included. `equal`: all trials",
-        "cost as much together as one run of Delta-STN; `full`: each has its steps.",
-        "`decay`: the weight decay alone, no dropout. Seconds: of all trials, on a",
-        "busy machine, runs side by side.",
+        "cost as much together as one run of Delta-STN; `full`: each has its steps;",
+        "`rate`: so too, the learning rate being searched as well. `decay`: the weight",
+        "decay alone, no dropout. Seconds: of all trials, on a busy machine, runs",
+        f"{_how(record['config'])}.",
         "",
         *_table(("method", "trials × steps", "gradients", "s", *found), rows),
         "",
         *_after_trials(record["methods"]),
         *_differences(record),
     ]
+
+
+def starts(record: dict) -> list[str]:
+    """Where tuned dropout ends from each start, and what it is worth beside fixed."""
+    config, ours = record["config"], record["methods"]["delta_stn"]
+    judged = ("valid_loss", "test_loss", "test_accuracy")
+    names = [n for n in ours if "dropout" in n]
+    rows = [
+        (
+            f"{start:g}",
+            *(f"{np.mean(x):.3f} ± {np.std(x, ddof=1):.3f}" for x in
+              (np.array(ours[n])[:, i] for n in names)),
+            *(_interval(np.array(ours[q])[:, i]) for q in judged),
+            *(_signed(record["differences"][q][i]) for q in judged),
+        )
+        for i, start in enumerate(config["starts"])
+    ]  # fmt: skip
+    heads = [*judged, *(f"{q} less fixed" for q in judged)]
+    return [
+        *_setting(config),
+        "All dropout rates start at the same value. After the last step: the rates",
+        "that Delta-STN came to, ± standard deviation over seeds, its losses and",
+        "accuracy, and these less those of training with dropout kept at the start, by",
+        "seed.",
+        "",
+        *_table(("start", *names, *(h.replace("_", " ") for h in heads)), rows),
+        "",
+        *_spread_of_starts(config, record["methods"]),
+    ]
+
+
+def _spread_of_starts(config: dict, methods: dict) -> list[str]:
+    """How far apart the starts end, in rate and in loss, tuned and fixed."""
+    lines = []
+    for name, ends in methods.items():
+        loss = np.mean(ends["valid_loss"], axis=0)
+        best, worst = (config["starts"][f(loss)] for f in (np.argmin, np.argmax))
+        lines.append(
+            f"* `{name}`: last validation loss, mean over seeds, from {loss.min():.3f} "
+            f"(start {best:g}) to {loss.max():.3f} (start {worst:g})."
+        )
+    return lines
 
 
 def _after_trials(methods: dict) -> list[str]:
@@ -94,6 +137,10 @@ def _after_trials(methods: dict) -> list[str]:
         return []
     heads = ("least validation loss after trials", *map(str, TRIALS))
     return [*_table(heads, rows), ""]
+
+
+def _how(config: dict) -> str:
+    return "one after another" if config.get("by_step") else "side by side"
 
 
 def _setting(config: dict) -> list[str]:
@@ -120,7 +167,27 @@ def _differences(record: dict) -> list[str]:
     if not rows:
         return ["No differences: one method, one seed, or nothing finite."]
     heads = ("less", "epoch", *HEADS)
-    return ["Delta-STN less the others, by seed:", "", *_table(heads, rows)]
+    title = "Delta-STN less the others, by seed:"
+    return [title, "", *_table(heads, rows), *_standing(record)]
+
+
+def _standing(record: dict) -> list[str]:
+    """Whom Delta-STN beats, and who beats it, where 0 lies outside of the interval."""
+    lines = []
+    for when, by_method in record["differences"].items():
+        for q in ("valid_loss", "test_loss"):
+            found: dict[str, list[str]] = {
+                "below": [],
+                "above": [],
+                "not told from": [],
+            }
+            for name, by_name in by_method.items():
+                below, above = by_name[q]["high"] < 0, by_name[q]["low"] > 0
+                where = "below" if below else "above" if above else "not told from"
+                found[where].append(f"`{name}` {_signed(by_name[q])}")
+            parts = [f"{where} {', '.join(x)}" for where, x in found.items() if x]
+            lines.append(f"* {when} {q.replace('_', ' ')}: {'; '.join(parts)}.")
+    return ["", "Delta-STN is, by these intervals,", "", *lines] if lines else []
 
 
 def _endings(record: dict) -> list[str]:
@@ -140,7 +207,12 @@ def _endings(record: dict) -> list[str]:
     if not rows:
         return []
     title = "Hyperparameters at the end, mean over seeds (standard deviation of the raw"
-    return [title, "coordinate):", "", *_table(("method", *names), rows)]
+    return [
+        title,
+        "coordinate, of `cutout_holes` of the count):",
+        "",
+        *_table(("method", *names), rows),
+    ]
 
 
 def _by_rates(methods: dict) -> list[str]:

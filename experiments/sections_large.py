@@ -26,8 +26,9 @@ def cifar(record: dict) -> list[str]:
     """Losses and accuracies of each method at its last and best epoch."""
     config = record["config"]
     is_small = config["num_images"] < PAPER_IMAGES or config["scale"] < 1
+    norm = f" with {config['norm']} norm" if config["model"] == "resnet18" else ""
     what = (
-        f"{config['model']} at {config['scale']:.3g} of its widths, "
+        f"{config['model']}{norm} at {config['scale']:.3g} of its widths, "
         f"{config['num_images']} images, {config['epochs']} epochs"
     )
     judged = ("valid_loss", "test_loss", "valid_accuracy", "test_accuracy")

@@ -7,11 +7,13 @@ __all__ = ["REQUESTS"]
 
 RIDGE, BENCH = "*Delta-STN: ridge regression*", "*Delta-STN: time and memory*"
 MNIST, CIFAR = "*Delta-STN: digits, 40 % of the labels wrong*", "*Delta-STN: CIFAR-10*"
+BATCH = "*Delta-STN: CIFAR-10, batch norm*"
+STARTS = "*Delta-STN: dropout from several starts*"
+SEARCHES = "*Delta-STN beside searches over whole runs*"
 REQUESTS = (
     (
         "batch norm, and its hyperparameters",
-        "`stn_cifar --norm batch`, ε and decay of scale and bias tuned: built and "
-        "tested, not trained yet: **open**. The "
+        f"ε and decay of scale and bias tuned in {BATCH}, at CPU scale so far. The "
         "tangent through the batch statistics is kept. Running statistics are those of "
         "the general pass (`tests/stn`). Their momentum is not tunable: the best "
         "weights do not depend on it.",
@@ -27,8 +29,7 @@ REQUESTS = (
     ),
     (
         "reliance on a good start",
-        f"starts -6 and 2 in {RIDGE}; a sweep of dropout's starts, by a vmap of "
-        "`replace_hparams`, is **open**",
+        f"starts -6 and 2 in {RIDGE}; dropout from .01 to .7 in {STARTS}",
     ),
     (
         "linearisation: speed or stability",
@@ -46,8 +47,8 @@ REQUESTS = (
     ),
     (
         "random search and Bayesian optimisation, the learning rate included",
-        "`stn_baselines`: random search and TPE; the rate is fixed in their space so "
-        "far: **open**",
+        f"{SEARCHES}: random search and TPE; `random_rate` and `tpe_rate` search the "
+        "learning rate as well",
     ),
     (
         "implicit differentiation and unrolling",

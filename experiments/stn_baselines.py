@@ -2,23 +2,27 @@
 
 One network, one space: the dropout rates and the weight decay of an MLP, on digits with
 40 % of the training labels corrupted; those of validation stay clean. Searches draw
-uniformly from the natural range, the decay by its logarithm, and each seed searches for
-itself; they are judged by the least validation loss over trials and epochs so far, so
-they may stop early. Costs are gradients of the plain network, by floating point
-operations. The rates are those that validation chose for Delta-STN in `stn_mnist`.
+uniformly from the natural range, decay and learning rate by their logarithms, and each
+seed searches for itself. They are judged by the least validation loss over trials and
+epochs so far, so they may stop early. Costs are gradients of the plain network, by
+floating point operations. The rates are those that validation chose for Delta-STN in
+`stn_mnist`.
 
     fixed_start, fixed_literature    one run
     random_equal                     `num_trials`, together at the cost of `delta_stn`
     random_full, tpe_full            `num_trials`, each of `num_steps`
+    random_rate, tpe_rate            likewise; the learning rate is searched as well
     delta_stn                        one run
     delta_stn_decay, implicit_decay  one run, the decay alone, no dropout
 
     python -m experiments.stn_baselines                      2 minutes, 2 cores
-    python -m experiments.stn_baselines --preset results     8 minutes
+    python -m experiments.stn_baselines --preset results     15 minutes, busy
+    python -m experiments.stn_baselines --preset cnn         Fashion-MNIST, SimpleCNN
 
-`tpe_full`, of the preset or named by `--methods`, needs optuna (`pip install optuna`).
-Expect from the preset least validation losses near .70 for Delta-STN, .71 at the start
-values, .73 for TPE, .75 and .99 for the full and the equal random search.
+TPE, of the preset or named by `--methods`, needs optuna (`pip install optuna`).
+Expect from `results` least validation losses near .71 for Delta-STN, .70 at the start
+values and for TPE, .73 for TPE with the rate, .74 and .79 for the full random search
+without and with it, 1.01 for the equal one.
 """
 
 import dataclasses
@@ -33,20 +37,21 @@ import optax
 from experiments.judged_runs import (
     QUANTITIES,
     VALID_COST,
+    Part,
     differences,
     fixed_values,
     judgements,
+    network,
     plain_loop,
     prepare,
     run_watched,
     tuned_loop,
-    watch,
+    without_scan,
 )
-from metax import BilevelProblem, Loop, unroll
+from metax import BilevelProblem, Hyperparameter, Loop, unroll
 from metax.harness import (
     append_metrics,
     create_run,
-    grid,
     long_rows,
     parse,
     plot_panels,
@@ -55,14 +60,7 @@ from metax.harness import (
 )
 from metax.implicit import implicit_hypergradient
 from metax.stn import constrain, unconstrain
-from metax.tasks import (
-    ImageTuning,
-    TunableMLP,
-    TuningData,
-    image_tuning,
-    normalization,
-    stock_hparams,
-)
+from metax.tasks import ImageTuning, TuningData
 
 METHODS = (
     "fixed_start",
@@ -72,12 +70,14 @@ METHODS = (
     "implicit_decay",
     "delta_stn_decay",
     "random_full",
+    "random_rate",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     dataset: Literal["digits", "mnist", "fashion_mnist"] = "digits"
+    model: Literal["mlp", "cnn"] = "mlp"
     widths: tuple[int, ...] = (200, 200)
     corrupted: float = 0.4
     methods: tuple[str, ...] = METHODS
@@ -86,6 +86,7 @@ class Config:
     eval_every: int = 50
     batch_size: int = 128
     learning_rate: float = 0.01
+    rate_range: tuple[float, float] = (0.001, 0.1)  # of the searches named *_rate
     momentum: float = 0.9
     outer_rate: float = 0.1
     scale_rate: float = 0.01
@@ -95,32 +96,50 @@ class Config:
     implicit_every: int = 25
     implicit_products: int = 10
     implicit_damping: float = 0.01
+    by_step: bool = False  # no scan, no vmap: for convolutions on a CPU
     num_seeds: int = 2
     seed: int = 0
     data_dir: str | None = None
 
 
 PRESETS = {
-    "results": Config(methods=(*METHODS, "tpe_full"), num_steps=1000, num_seeds=3)
+    "results": Config(
+        methods=(*METHODS, "tpe_full", "tpe_rate"), num_steps=1000, num_seeds=3
+    ),
+    "cnn": Config(
+        dataset="fashion_mnist",
+        model="cnn",
+        corrupted=0.0,
+        num_steps=300,
+        methods=("random_equal", "delta_stn"),
+        outer_rate=0.03,
+        warmup_steps=60,
+        by_step=True,
+        num_seeds=3,
+    ),
 }
 TRAIN_COST = 8 / 3  # of a step of Delta-STN, in plain gradients
+RATE = "learning_rate"
 TPE_ROUND = 5  # trials that are asked for at once
 Values = Mapping[str, Any]
+Specs = Mapping[str, Hyperparameter]
 
 
 def tuning(config: Config, image: np.ndarray, name: str) -> ImageTuning:
-    model, mean_std = TunableMLP(10, config.widths), normalization(config.dataset)
-    rates = () if name.endswith("_decay") else model.rate_names
-    hparams = stock_hparams([*rates, "weight_decay"])
-    options = dict(zip(("mean", "std"), mean_std, strict=True))
-    return image_tuning(model, image, hparams, batch_size=config.batch_size, **options)
+    return network(config, image, ["weight_decay"], rates=not name.endswith("_decay"))
 
 
-def place(problem: BilevelProblem, uniform: Mapping[str, Any]) -> Values:
-    """From 0..1 to the natural range, the decay by its logarithm."""
+def space(config: Config, problem: BilevelProblem, name: str) -> Specs:
+    """What a search moves: the hyperparameters, and for `*_rate` the learning rate."""
+    rate = Hyperparameter(config.learning_rate, *config.rate_range, "log")
+    return {**problem.hparams, **({RATE: rate} if name.endswith("_rate") else {})}
+
+
+def place(specs: Specs, uniform: Mapping[str, Any]) -> Values:
+    """From 0..1 to the natural range; what spans decades by its logarithm."""
     values: dict[str, Any] = {}
     for name, x in uniform.items():
-        spec = problem.hparams[name]
+        spec = specs[name]
         low, high, is_log = spec.lower, spec.upper, spec.scale == "log"
         low, high = (np.log(low), np.log(high)) if is_log else (low, high)
         placed = low + np.asarray(x) * (high - low)
@@ -163,23 +182,24 @@ def implicit_loop(config: Config, problem: BilevelProblem) -> Loop:
     return Loop(init, step)
 
 
-def build(config: Config, judged: ImageTuning, name: str, setting: Any) -> Loop:
+def build(config: Config, judged: ImageTuning, name: str, setting: Any) -> Part:
     """One run of a method at (seed, natural values), judged every `eval_every`."""
     (seed, values), num, problem = setting, config.eval_every, judged.problem
     if name == "implicit_decay":
         loop, num = implicit_loop(config, problem), num // config.implicit_every
         weights: Callable = lambda state: state[0].params
     elif name.startswith("delta_stn"):
-        loop = tuned_loop(config, problem, config.learning_rate, config.outer_rate)
-        num, weights = num // config.train_steps, loop.params
+        tuned = tuned_loop(config, problem, config.learning_rate, config.outer_rate)
+        loop = without_scan(config, problem, tuned) if config.by_step else tuned
+        num, weights = num // config.train_steps, tuned.params
     else:
-        rule = optax.sgd(config.learning_rate, config.momentum)
-        loop, weights = plain_loop(problem, values, rule), lambda state: state.params
-    run, own = watch(judged, loop, num, weights), lambda k: jax.random.fold_in(k, seed)
-    return Loop(
-        lambda key: run.init(own(key)),
-        lambda state, key, data: run.step(state, own(key), data),
-    )
+        values = dict(values)
+        rate = values.pop(RATE, config.learning_rate)
+        loop = plain_loop(problem, values, optax.sgd(rate, config.momentum))
+        weights = lambda state: state.params
+    own = lambda key: jax.random.fold_in(key, seed)
+    step = lambda state, key, data: loop.step(state, own(key), data)
+    return Part(Loop(lambda key: loop.init(own(key)), step), num, weights)
 
 
 def cost_of_step(config: Config, name: str) -> float:
@@ -206,9 +226,11 @@ def run_trials(
     shape = (config.num_seeds, len(trials))
     settings = np.indices(shape)[0], {n: np.float32(x) for n, x in values.items()}
     one = lambda setting: build(config, judged, name, setting)
-    loop, num = grid(one, jax.tree.map(np.ravel, settings)), length(config, name)
+    rows, num = jax.tree.map(np.ravel, settings), length(config, name)
     num //= config.eval_every
-    infos, seconds = run_watched(loop, data, key, num, 1, name)
+    infos, seconds = run_watched(
+        judged, one, rows, data, key, num, 1, name, by_step=config.by_step
+    )
     fold = lambda x: np.moveaxis(x[0].reshape(num, *shape), 0, -1)
     measured = {n: fold(x) for n, x in judgements(infos).items()}
     moved = infos.steps if name == "implicit_decay" else {}
@@ -227,11 +249,12 @@ def run_search(
     """All trials of a method; a seed searches for itself."""
     problem = tuning(config, data.train.image[0], name).problem
     seeds, rng = config.num_seeds, np.random.default_rng(config.seed)
-    if name == "tpe_full":
-        return tpe_search(config, data, key, problem)
+    specs = space(config, problem, name)
+    if name.startswith("tpe"):
+        return tpe_search(config, data, key, name, specs)
     if name.startswith("random"):
         shape = (seeds, config.num_trials)
-        values = place(problem, {n: rng.uniform(size=shape) for n in problem.hparams})
+        values = place(specs, {n: rng.uniform(size=shape) for n in specs})
     else:
         shape = (seeds, 1)
         start = fixed_values(problem, name)
@@ -240,25 +263,25 @@ def run_search(
 
 
 def tpe_search(
-    config: Config, data: TuningData, key: jax.Array, problem: BilevelProblem
+    config: Config, data: TuningData, key: jax.Array, name: str, specs: Specs
 ) -> list[dict]:
     """Optuna's TPE, `TPE_ROUND` trials at once, told their least validation loss."""
     try:
         import optuna  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise SystemExit("tpe_full needs optuna: pip install optuna") from error
+        raise SystemExit(f"{name} needs optuna: pip install optuna") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = lambda seed: optuna.samplers.TPESampler(seed=seed)
     studies = [optuna.create_study(sampler=sampler(i)) for i in range(config.num_seeds)]
     unit = optuna.distributions.FloatDistribution(0.0, 1.0)
-    space: dict[str, Any] = dict.fromkeys(problem.hparams, unit)
+    units: dict[str, Any] = dict.fromkeys(specs, unit)
     rows = []
     for first in range(0, config.num_trials, TPE_ROUND):
         trials = range(first, min(first + TPE_ROUND, config.num_trials))
-        asked = [[study.ask(space) for _ in trials] for study in studies]
+        asked = [[study.ask(units) for _ in trials] for study in studies]
         read = lambda n, asked=asked: [[t.params[n] for t in own] for own in asked]
-        values = place(problem, {n: np.array(read(n)) for n in space})
-        found = run_trials(config, data, key, "tpe_full", values, trials)
+        values = place(specs, {n: np.array(read(n)) for n in specs})
+        found = run_trials(config, data, key, name, values, trials)
         losses = np.reshape(
             [r["valid_loss"] for r in found], (len(asked), len(trials), -1)
         )

@@ -2,7 +2,12 @@
 
 from metax.harness.checkpoint import latest_step, restore_checkpoint, save_checkpoint
 from metax.harness.cli import RunOptions, parse
-from metax.harness.evaluation import evaluate, grid, replicate
+from metax.harness.evaluation import (
+    evaluate,
+    evaluate_in_turn,
+    grid,
+    replicate,
+)
 from metax.harness.files import write_json
 from metax.harness.plot import plot_curves, plot_panels
 from metax.harness.recording import mean_rows, record_run
@@ -13,6 +18,7 @@ from metax.harness.records import (
     read_config,
     read_metrics,
     trim_metrics,
+    versions,
     write_summary,
 )
 from metax.harness.stats import (
@@ -37,6 +43,7 @@ __all__ = [
     "bootstrap_interval",
     "create_run",
     "evaluate",
+    "evaluate_in_turn",
     "grid",
     "host_unroll",
     "iqm",
@@ -58,6 +65,7 @@ __all__ = [
     "save_checkpoint",
     "train",
     "trim_metrics",
+    "versions",
     "write_json",
     "write_summary",
 ]

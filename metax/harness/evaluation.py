@@ -184,10 +184,10 @@ def evaluate_in_turn(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from metax import Loop
-      >>> from metax.harness import evaluation
+      >>> from metax.harness import evaluate_in_turn
       >>> def build(rate):
       ...     return Loop(lambda key: jnp.array(1.0), lambda x, k, d: (x * rate, x))
-      >>> infos, judged = evaluation.evaluate_in_turn(
+      >>> infos, judged = evaluate_in_turn(
       ...     build, jnp.array([0.5, 2.0]), None, jax.random.key(0), 4, num_seeds=1,
       ...     judge=lambda state, data: 10 * state, judge_every=2
       ... )

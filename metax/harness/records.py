@@ -38,6 +38,7 @@ __all__ = [
     "read_config",
     "read_metrics",
     "trim_metrics",
+    "versions",
     "write_summary",
 ]
 
@@ -225,7 +226,7 @@ def write_summary(
     added = {
         "command": _command(sys.argv),
         "wall_time": wall_time,
-        "versions": {"python": python_version(), **_versions()},
+        "versions": versions(),
         "device": {"kind": devices[0].device_kind, "count": len(devices)},
         "git_commit": _git_commit(),
     }
@@ -236,6 +237,22 @@ def write_summary(
             "added here; rename them."
         )
     write_json(Path(run) / "summary.json", {**summary, **added})
+
+
+def versions() -> dict[str, str | None]:
+    """Reads the versions of what a result depends on.
+
+    Returns:
+      Names to versions: python, metax, jax, jaxlib, flax, optax, numpy; None where a
+      package is not installed as one.
+    """
+    found: dict[str, str | None] = {"python": python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def _command(argv: Sequence[str]) -> str:
@@ -279,16 +296,6 @@ def _plain_config(config: Any) -> dict[str, Any]:
 def _is_plain(value: Any) -> bool:
     is_finite = not isinstance(value, float) or math.isfinite(value)
     return isinstance(value, bool | int | float | str | None) and is_finite
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _git_commit() -> str | None:

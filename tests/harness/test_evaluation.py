@@ -7,8 +7,7 @@ import optax
 import pytest
 
 from metax import Loop, Task, inner_loop, unroll
-from metax.harness import evaluate, grid, replicate, train
-from metax.harness.evaluation import evaluate_in_turn
+from metax.harness import evaluate, evaluate_in_turn, grid, replicate, train
 
 KEY = jax.random.key(5)
 DATA = jnp.arange(4.0)
