@@ -23,6 +23,8 @@ import numpy as np
 import optax
 
 from metax import BilevelProblem, Loop, Task, harness, inner_loop
+from metax.amalgamation import amalgamate, pool, rnnprop, with_warmup
+from metax.amalgamation import load as load_optimizer
 from metax.hypergradient import adam_hd, sgd_hd
 from metax.stn import delta_stn
 from metax.tasks import (
@@ -36,6 +38,7 @@ from metax.tasks import (
     image_tuning,
     load,
     normalization,
+    optimizees,
     stock_hparams,
 )
 
@@ -177,7 +180,63 @@ def held(
     return inner_loop(task, rule)
 
 
-METHODS = (hypergradient, regularisation)
+def update_rule(num_steps: int = 300, num_seeds: int = 5) -> list[Row]:
+    """A learned optimizer that comes with metax, and one learned here in half a minute.
+
+    The first stands beside Adam and RMSProp, each at the best of five rates; the second
+    beside the weights that it began with, and over the first 100 steps alone, since
+    that is what it was trained for.
+    """
+    (train, test), digits = optimizees.digits_data(), optimizees.digits()
+    is_held = np.arange(len(train["label"])) % 5 == 0
+    part = lambda mask: {name: x[mask] for name, x in train.items()}
+    halves, whole = (part(~is_held), part(is_held)), (train, test)
+
+    def losses(label: str, build: Callable, tried: Any, sets: Any, num: int) -> Any:
+        """Losses on the second set after `num` steps, [seeds, tried]."""
+        loop = harness.grid(lambda x: inner_loop(digits.task, build(x)), tried)
+        how: dict[str, Any] = {"num_seeds": num_seeds, "progress": label}
+        states, _ = harness.evaluate(loop, sets[0], jax.random.key(0), num, **how)
+        judge = jax.vmap(digits.task.evaluate, (0, None))
+        return np.asarray(jax.vmap(judge, (0, None))(states.params, sets[1])["loss"])
+
+    found, tried = [], np.array([0.002, 0.005, 0.01, 0.02, 0.05], np.float32)
+    for name, rule in (("adam", optax.adam), ("rmsprop", optax.rmsprop)):
+        rate = tried[
+            losses(f"{name} grid", rule, tried, halves, num_steps).mean(0).argmin()
+        ]
+        values = losses(name, rule, rate[None], whole, num_steps)[:, 0]
+        found.append((f"{name} best", f"{rate:.2g}, best of 5", values, None))
+    once = losses(
+        "pretrained",
+        lambda _: load_optimizer("amalgamated-small"),
+        np.zeros(1),
+        whole,
+        num_steps,
+    )
+    found.append(("amalgamated", "nothing", once[:, 0], "adam best"))
+
+    student, key = rnnprop(), jax.random.key(0)
+    loop = amalgamate(
+        digits.task, student, pool("small"), reduce="minmax", truncation_length=50,
+        unroll_length=100, warmup_steps=20, remat="step",
+    )  # fmt: skip
+    state, _ = harness.train(loop, train, key, 60, progress="amalgamate")
+    first = loop.init(jax.random.split(key)[0]).theta  # where that began
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), first, state.theta)
+    build = lambda theta: with_warmup(student.rule(theta), 20)
+    values = losses("learned", build, both, whole, 100)
+    found.append(("lstm untrained", "random weights", values[:, 0], None))
+    found.append(("lstm trained", "60 truncations", values[:, 1], "lstm untrained"))
+    return [
+        Row(method, setting, "test loss", values, baseline, mean, 0.02, {})
+        for (method, setting, values, baseline), mean in zip(
+            found, (0.0, 0.0, 0.0, 0.0, 0.0), strict=True
+        )
+    ]
+
+
+METHODS = (hypergradient, regularisation, update_rule)
 
 
 def report(rows: Sequence[Row]) -> None:

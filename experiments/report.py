@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 
 from experiments import (
+    sections_amalgamation,
     sections_cost,
     sections_images,
     sections_large,
+    sections_optimizers,
     sections_reviews,
     sections_ridge,
 )
@@ -270,18 +272,34 @@ SECTIONS = {
         "Delta-STN beside searches over whole runs",
         sections_images.baselines,
     ),
+    "stn_fashion_search": (
+        "Delta-STN beside a random search: Fashion-MNIST, SimpleCNN",
+        sections_images.baselines,
+    ),
+    "stn_starts": ("Delta-STN: dropout from several starts", sections_images.starts),
     "stn_benchmark": ("Delta-STN: time and memory", sections_cost.cost),
     "stn_cifar": ("Delta-STN: CIFAR-10", sections_large.cifar),
+    "stn_cifar_batch": ("Delta-STN: CIFAR-10, batch norm", sections_large.cifar),
     "stn_ptb": ("Delta-STN: Penn Treebank", sections_large.text),
-}
-
-
-NOT_RUN = {
-    "stn_fashion_cnn": (
-        "\nThe gradients of convolutions inside a `while` loop, which a `lax.scan` of\n"
-        "steps is, take many times as long on XLA's CPU backend as outside of one, so\n"
-        "this one waits for a GPU:\n"
-        "`python -m experiments.stn_mnist --preset paper-cnn`."
+    "amalgamation_digits_minmax": (
+        "Optimizer amalgamation: digits",
+        sections_amalgamation.digits,
+    ),
+    "amalgamation_evaluate": (
+        "Optimizer amalgamation: problems and optimizers",
+        sections_optimizers.evaluations,
+    ),
+    "amalgamation_transfer": (
+        "Optimizer amalgamation: an MLP on MNIST",
+        sections_optimizers.evaluations,
+    ),
+    "amalgamation_stability": (
+        "Optimizer amalgamation: replicates and perturbations",
+        sections_optimizers.stability,
+    ),
+    "amalgamation_benchmark": (
+        "Optimizer amalgamation: time and memory",
+        sections_optimizers.benchmark,
     ),
 }
 
@@ -291,8 +309,7 @@ def compose(folder: Path) -> str:
     for name, (title, write) in SECTIONS.items():
         path = folder / f"{name}.json"
         if not path.is_file():
-            why = NOT_RUN.get(name, "")
-            parts.append(f"## {title}\n\nNot run yet: no `results/{name}.json`.{why}\n")
+            parts.append(f"## {title}\n\nNot run yet: no `results/{name}.json`.\n")
             continue
         record = json.loads(path.read_text())
         notes = "".join(f"\n{note}\n" for note in record.get("notes", []))

@@ -13,7 +13,7 @@ import metax
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
 # a python block, and the text block right after it, if any: what it prints
 BLOCKS = re.findall(
     r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", README, flags=re.DOTALL
@@ -66,11 +66,12 @@ def test_ci_ends_with_the_test_command_of_the_readme():
     assert subprocess.run(["bash", "-n", script], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
-def test_links_commands_and_names_exist(text):
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_links_commands_and_names_exist(path):
+    text = path.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
-    for module in re.findall(r"python -m (experiments\.\w+)", text):
+        assert (path.parent / target).exists(), target
+    for module in re.findall(r"python -m ((?:experiments|benchmarks)\.\w+)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").exists(), module
     for path in re.findall(r"`((?:metax|tests|experiments|\.ci)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path

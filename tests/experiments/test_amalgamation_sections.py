@@ -1,0 +1,125 @@
+"""The sections of RESULTS.md on learned optimizers say what their summaries hold."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import report, sections_amalgamation, sections_optimizers
+
+CONFIG = {"num_evaluations": 2, "num_steps": 275, "gate_steps": 2000}
+
+
+def digits_record(train, command="python -m experiments.amalgamate"):
+    """Replicates with these ln train, each run twice; None for a divergence."""
+    runs = [train, train]
+    tested = [[-3.0] * len(train)] * 2
+    outcome = {"train": runs, "best_valid": tested}
+    rows = [
+        {
+            "replicate": i, "gate_passed": i == 0, "truncations": 600, "repeats": 2,
+            "training_cpu_seconds": 200.0, "validation_cpu_seconds": 20.0,
+            "selection_cpu_seconds": 70.0,
+        }
+        for i in range(len(train))
+    ]  # fmt: skip
+    return {
+        "config": CONFIG, "command": command, "replicates": rows, "short": outcome,
+        "long": outcome,
+    }  # fmt: skip
+
+
+def test_digits_alone_shows_each_replicate_and_which_goals_it_reached(tmp_path):
+    record = digits_record([-4.0, None])
+    record["replicates"][0] |= {"refused": 3, "candidates": 8}
+    text = "\n".join(sections_amalgamation.digits(record, tmp_path))
+    assert "| minmax | 0 | -4.00 | -3.00 | -4.00 | -3.00 | yes | 3 of 8 |" in text
+    assert "| minmax | 1 | diverged | -3.00 | diverged | -3.00 | **no** | – |" in text
+    assert "ln train of each replicate: at most diverged, goal -2: **not" in text
+    assert "best ln test of each replicate: at most -3.00, goal -2.95: reached" in text
+    assert "selection of each: at most 70.00, goal 60: **not reached**" in text
+    assert "less meta only" not in text
+
+
+def test_digits_gives_the_welch_interval_of_min_max_less_meta_only(tmp_path):
+    a, b = [-4.0, -4.2, -4.6], [-5.4, -4.2, -4.5]
+    other = tmp_path / "amalgamation_digits_none.json"
+    other.write_text(json.dumps(digits_record(b, "python -m this --reduce none")))
+    text = "\n".join(sections_amalgamation.digits(digits_record(a), tmp_path))
+    low, high = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    mean = np.mean(a) - np.mean(b)
+    expected = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}], no difference is shown"
+    assert f"minmax less meta only, ln train: {expected}" in text
+    assert "meta only: `python -m this --reduce none`" in text
+
+
+@pytest.mark.parametrize("problem", ["Digits", "MLP"])
+def test_evaluations_mark_the_oracle_and_say_losses(problem):
+    def line(name, best, kind, oracle=False):
+        value = {"estimate": best, "low": best - 0.1, "high": best + 0.1}
+        measured = dict.fromkeys(("train", "last_valid", "best_valid"), value)
+        rest = {"accuracy": 0.9, "optimization_stability": None, "finite": 1.0}
+        where = {"problem": problem, "optimizer": name, "kind": kind, "setting": 0.05}
+        return {**where, **measured, **rest, "oracle": oracle}
+
+    record = {
+        "config": CONFIG | {"problems": [problem], "steps_per_epoch": 11},
+        "table": [
+            line("amalgamated-small", -3.1, "learned"),
+            line("adam", -3.4, "analytical", oracle=True),
+            line("sgd", -2.9, "analytical"),
+        ],
+    }
+    text = "\n".join(sections_optimizers.evaluations(record))
+    assert f"| {problem} | CPU | `adam` **(oracle)** | 0.05 | -3.400" in text
+    assert "+0.30 from the oracle; beats sgd at their best rates; loses to adam" in text
+    left = text.splitlines()[-1]
+    assert ("MLP" in left) == (problem != "MLP")
+    assert "ResNet-52" in left
+
+
+def test_stability_stands_beside_the_table_of_the_paper():
+    found = {
+        "mean": -3.0, "ci_low": -3.2, "ci_high": -2.8, "meta_stability": 0.25,
+        "evaluation_stability": 0.05,
+    }  # fmt: skip
+    names = ("best_valid", "train", "optimization_stability")
+    whole = {"finite": 2, "replicates": 2, "statistics": dict.fromkeys(names, found)}
+    record = {
+        "config": CONFIG | {"num_replicates": 2, "optimizee": "Digits"},
+        "rows": {"input noise 0.1": whole, "gaussian 0.01": whole | {"statistics": {}}},
+    }
+    lines = sections_optimizers.stability(record)
+    noise, gaussian = lines[-2:]
+    assert "-3.00 [-3.20, -2.80] | 0.250 | 0.050" in noise
+    assert noise.endswith("| 1.637 |")
+    assert gaussian.count("–") == 8
+
+
+def test_the_benchmark_says_which_goals_were_reached():
+    def row(case, cpu, goal=None):
+        return {"case": case, "K": 20, "cpu": cpu, "ms": 90.0, "MB": 210.0, "s": 9.0,
+                "goal": goal}  # fmt: skip
+
+    record = {
+        "rows": [
+            row("no teachers", 0.09, ["cpu", 0.1]),
+            row("2 teachers", 0.16, ["cpu", 0.15]),
+            row("no teachers, first order", 0.08),
+            row("K=100 block, 6 teachers", None, ["MB", 350]),
+        ],
+        "rules": [{"rule": "adam", "parameters": 1000, "ms": 0.1, "bytes": 8.0}],
+        "peer": {"as shipped": 1.04, "with the same convolution": 0.12},
+    }
+    text = "\n".join(sections_optimizers.benchmark(record))
+    assert "no teachers, cpu, at most 0.1: 0.09, reached" in text
+    assert "2 teachers, cpu, at most 0.15: 0.16, **not reached**" in text
+    assert "K=100 block, 6 teachers, MB, at most 350: 210, reached" in text
+    assert "at least 8: 11.6, reached" in text
+    assert "| adam | 1,000 | 0.10 | 8 |" in text
+
+
+def test_the_report_has_the_sections():
+    titles = [title for title, _ in report.SECTIONS.values()]
+    assert sum(title.startswith("Optimizer amalgamation") for title in titles) == 5
