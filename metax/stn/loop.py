@@ -87,7 +87,7 @@ def delta_stn(
     validation step 1.3; Φ and its optimizer take as much memory as the weights and
     theirs. On a CPU XLA takes the gradients of convolutions several times as long
     inside a `lax.scan`, which `step` is, as outside: drive `train_step` and
-    `valid_step` there, each jitted.
+    `valid_step` there, each jitted; `metax.harness.evaluate_in_turn` runs a loop so.
 
     Args:
       problem: what is solved. Its parameters are floats; hyperparameters of data that
