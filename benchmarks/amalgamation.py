@@ -77,7 +77,7 @@ CASES = (
     Case("6 teachers", "large"),
     Case("K=100 block, no teachers", None, 100, {"remat": "block"}, timed=False),
     Case("K=100 block, 6 teachers", "large", 100, {"remat": "block"}, timed=False),
-    Case("no teachers, lax convolution", None, conv="lax"),
+    Case("no teachers, lax convolution", None, 4, conv="lax"),
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import optax
 from metax.amalgamation.coordinates import all_finite, keep_unless
 from metax.amalgamation.distill import log_distance, meta_loss
 from metax.amalgamation.policies import LearnedOptimizer
-from metax.base import InnerState, Task, inner_loop, truncate
+from metax.base import InnerState, Loop, Task, inner_loop, truncate
 
 __all__ = [
     "Measured",
@@ -91,7 +91,9 @@ def follow_teachers(
     keys: jax.Array,
     data: Data,
 ) -> tuple[dict[str, Params], dict[str, Any], dict[str, Params]]:
-    """Runs every teacher on its own trajectory, side by side, without a derivative.
+    """Runs every teacher on its own trajectory, without a derivative.
+
+    One after the other, so that they share the memory of one gradient.
 
     Args:
       task: the optimizee.
@@ -104,16 +106,22 @@ def follow_teachers(
     Returns:
       The last parameters, the last states, and the parameters after each step.
     """
-    loops = {name: inner_loop(task, rule) for name, rule in teachers.items()}
+    lasts, trajectories = {}, {}
+    for name, rule in teachers.items():
+        loop = inner_loop(task, rule)
 
-    def step(inner: dict[str, InnerState], key: jax.Array) -> tuple[Any, Any]:
-        new = {n: loop.step(inner[n], key, data)[0] for n, loop in loops.items()}
-        return new, {name: state.params for name, state in new.items()}
+        def step(
+            inner: InnerState, key: jax.Array, loop: Loop = loop
+        ) -> tuple[InnerState, Params]:
+            inner, _ = loop.step(inner, key, data)
+            return inner, inner.params
 
-    inner = {name: InnerState(params[name], states[name]) for name in loops}
-    last, trajectories = truncate(jax.lax.scan(step, truncate(inner), keys))
-    params = {name: state.params for name, state in last.items()}
-    return params, {name: state.opt_state for name, state in last.items()}, trajectories
+        start = truncate(InnerState(params[name], states[name]))
+        followed = jax.lax.scan(step, start, keys)
+        lasts[name], trajectories[name] = truncate(followed)
+    params = {name: last.params for name, last in lasts.items()}
+    states = {name: last.opt_state for name, last in lasts.items()}
+    return params, states, trajectories
 
 
 def start_losses(task: Task, params: Params, keys: jax.Array, data: Data) -> jax.Array:
