@@ -31,7 +31,7 @@ def test_the_demo_gives_the_table_of_the_readme(tmp_path):
 
 
 def check_every_row_is_as_expected(rows, printed):
-    assert len(rows) == 9
+    assert len(rows) == 14
     for row in rows:
         assert abs(np.mean(row["values"]) - row["expected"]) <= row["tolerance"], row
     assert printed.count(" ok\n") == len(rows)
@@ -44,6 +44,8 @@ def check_a_learned_rate_mends_a_bad_one(rows):
     for name in ("sgd", "adam"):
         assert mean[f"{name}_hd"] < 0.1 * mean[f"{name} untuned"]
     assert mean["delta_stn"] < mean["dropout .05"] - 0.03
+    assert mean["amalgamated"] < mean["adam best"] + 0.02
+    assert mean["lstm trained"] < 0.5 * mean["lstm random"]
 
 
 def check_the_readme_shows_this_table(rows, printed):
