@@ -19,6 +19,8 @@ Prediction, by operations: an inner step without teachers is 4.0 GF with remat (
 0.88 gradient, 1.98 its derivative, .61 LSTM and what is recomputed), each teacher 0.88;
 at the 60 to 100 GF/s of one core that is 40 to 67 CPU-ms, and 55 to 96 with two
 teachers. Everything above it is passes over memory: 0.4 GB a step, about 40 CPU-ms.
+Measured (RESULTS.md): the prediction was too low by half. The passes over memory, and
+not the products, are what a step waits for.
 
 What peers take is printed beside it. The figures of google/learned_optimization, its
 own truncated step over the same problem and K = 20, were measured by the authors of

@@ -91,9 +91,9 @@ def amalgamate(
     Cost of a truncation: about 4.5 gradients of the optimizee and three passes of the
     student's LSTM a step, and a gradient for each teacher. Memory: the carries of a
     few blocks of steps, about 330 bytes a parameter and step kept, and the teachers'
-    trajectories. A truncation of 100 steps of a CNN with 18,122 parameters takes 8 to
-    15 seconds of a CPU core, a student wants a thousand: on CPUs train on small
-    networks.
+    trajectories. A truncation of 100 steps of a CNN with 18,122 parameters takes 15 to
+    25 seconds of a CPU core, a student wants a thousand: on CPUs train on small
+    networks (`python -m benchmarks.amalgamation`).
 
     Args:
       task: what the optimizees are; `task.init` draws one.
