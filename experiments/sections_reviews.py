@@ -43,8 +43,8 @@ REQUESTS = (
     ("condition number, with the share of G_w", f"κ(factor) · κ(G_w) in {RIDGE}"),
     (
         "the learning rate cannot be tuned",
-        "said in docs/expectations.md; `stn_cifar --inner-rule sgd_hd` learns it beside "
-        "the rest",
+        "said in docs/expectations.md; `stn_cifar --inner-rule sgd_hd` learns it "
+        "beside the rest",
     ),
     (
         "random search and Bayesian optimisation, the learning rate included",
@@ -57,8 +57,8 @@ REQUESTS = (
     ),
     (
         "what warm-up means",
-        "λ and σ constant, noise on, Φ trained (docs/expectations.md, `delta_stn`). STN "
-        "differs even then, since its weights see noise and uncentred inputs",
+        "λ and σ constant, noise on, Φ trained (docs/expectations.md, `delta_stn`). "
+        "STN differs even then, since its weights see noise and uncentred inputs",
     ),
     (
         "other bilevel problems",
