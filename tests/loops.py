@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from metax import Loop, Task, inner_loop
-from metax.amalgamation import amalgamate, perturb, pool, rnnprop
+from metax.amalgamation import amalgamate, imitate, perturb, pool, rnnprop
 from metax.harness import grid, replicate
 from metax.hypergradient import adam_hd
 from metax.stn import DeltaSTN, best_response, delta_stn
@@ -111,6 +111,14 @@ def _amalgamation() -> Loop:
     return Loop(jax.jit(loop.init), jax.jit(loop.step))
 
 
+@functools.cache
+def _imitation() -> Loop:
+    """A teacher that is not differentiated, and a restart at every second step."""
+    lengths = {"truncation_length": 2, "unroll_length": 4}
+    loop = imitate(_regression(), rnnprop(2, 1), adam_hd(0.01, 0.02), **lengths)
+    return Loop(jax.jit(loop.init), jax.jit(loop.step))
+
+
 def _ridge(value: float = 1.0) -> RidgeData:
     split = _split(value)
     return RidgeData(train=Examples(*split), valid=Examples(*split))
@@ -123,6 +131,7 @@ LOOPS = {
     "replicate": Case(lambda: replicate(_inner(), 3), _split, lambda: _split(NAN)),
     "delta_stn": Case(_delta_stn, _ridge, lambda: _ridge(NAN)),
     "amalgamation": Case(_amalgamation, _split, lambda: _split(NAN)),
+    "imitation": Case(_imitation, _split, lambda: _split(NAN)),
     "grid": Case(
         lambda: grid(_inner, jnp.array([0.01, 0.1])), _split, lambda: _split(NAN)
     ),

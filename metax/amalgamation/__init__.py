@@ -10,6 +10,7 @@ from metax.amalgamation.artifacts import (
 from metax.amalgamation.choosing import ChoiceState, choice, choice_weights
 from metax.amalgamation.clipping import clip_by_weight_norm
 from metax.amalgamation.hierarchical import scale
+from metax.amalgamation.imitation import imitate
 from metax.amalgamation.loop import amalgamate, release_settings
 from metax.amalgamation.periods import (
     PAPER_STAGES,
@@ -51,6 +52,7 @@ __all__ = [
     "curriculum",
     "decide",
     "distill",
+    "imitate",
     "l2l",
     "load",
     "load_artifact",
