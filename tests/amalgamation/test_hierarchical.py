@@ -208,6 +208,7 @@ def test_derivatives_after_a_bad_gradient_are_finite():
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(slopes))
 
 
+@pytest.mark.slow
 def test_derivatives_equal_finite_differences_at_a_zero_gradient_too():
     theta, grads = weights(), {**gradients(2), "b": jnp.zeros((2, 2))}
     along = (weights(seed=1), gradients(2))

@@ -90,7 +90,12 @@ def meta_gradients(teachers, reduce, second_order=True):
 
 
 @pytest.mark.parametrize(
-    ("teachers", "reduce"), [(False, "mean"), (True, "mean"), (True, "minmax")]
+    ("teachers", "reduce"),
+    [
+        (False, "mean"),
+        pytest.param(True, "mean", marks=pytest.mark.slow),
+        (True, "minmax"),
+    ],
 )
 def test_meta_gradient_equals_finite_differences(teachers, reduce):
     """Of the second truncation: what came before is a constant to it."""
@@ -105,6 +110,7 @@ def test_a_first_order_gradient_is_another_one():
     np.testing.assert_allclose(difference, meta_gradients(False, "mean")[1], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_several_tasks_give_the_mean_of_single_ones():
     options = {"meta_optimizer": optax.sgd(1.0), "imitation_weight": 0.3}
     several, single = (
@@ -136,7 +142,7 @@ def test_several_tasks_give_the_mean_of_single_ones():
     assert sum(steps.values()) == 3 * K
 
 
-@pytest.mark.parametrize("truncations", [1, 2])
+@pytest.mark.parametrize("truncations", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_teachers_depend_on_neither_student_nor_scale(truncations):
     """Bit for bit under other weights; the scale compiles to another program."""
     data, key = toys.rows(), jax.random.key(2)
@@ -174,6 +180,7 @@ def test_coordinates_of_the_distance_agree_without_a_scale():
     assert np.abs(other[0] - other[1]) > 1e-3
 
 
+@pytest.mark.slow
 def test_teachers_go_on_along_their_own_trajectories_until_the_restart():
     """Never set back to the student, their moments carried over the boundaries."""
     task, data = toys.network(), toys.rows()
@@ -420,6 +427,7 @@ def test_gradient_is_taken_at_the_perturbed_weights_and_applied_to_the_plain_one
     )
 
 
+@pytest.mark.slow
 def test_adversarial_noise_raises_the_loss_and_without_steps_is_none():
     make = functools.partial(
         build, toys.network(4), rnnprop(2, 1), {}, second_order=False
@@ -562,6 +570,7 @@ def test_training_teaches_a_rate():
     assert state.theta["log_rate"] > -2.5
 
 
+@pytest.mark.slow
 def test_a_student_takes_after_its_teacher():
     """Imitation alone: SGD's rate becomes the teacher's, from either side."""
     for begin in (-1.0, -3.0):

@@ -333,6 +333,7 @@ def test_stages_train_without_a_new_compilation_and_resume_bit_for_bit():
     chex.assert_trees_all_equal(resumed, result)
 
 
+@pytest.mark.slow
 def test_recipe_of_the_choice_policy():
     """Truncations an unroll 1, 2, 5, 5, 5; no teachers; compared by validation.
 

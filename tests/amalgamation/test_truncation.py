@@ -144,6 +144,7 @@ def test_distances_in_true_coordinates_leave_the_scale_out():
     np.testing.assert_allclose(*run(theta(), examples()), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_remat_changes_the_gradient_by_rounding_only():
     narrow = lambda tree: optax.tree.cast(tree, jnp.float32)
 

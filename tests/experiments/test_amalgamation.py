@@ -126,6 +126,7 @@ def test_the_release_is_the_same_in_training_and_on_the_card():
     assert warmup(amalgamate.Config())["warmup_learning_rate"] == 0.01
 
 
+@pytest.mark.slow
 def test_choice_trains_a_policy_then_a_student_and_reuses_the_policy(
     tmp_path, monkeypatch
 ):
@@ -147,6 +148,7 @@ def test_choice_trains_a_policy_then_a_student_and_reuses_the_policy(
     assert teacher.init({"w": np.ones(3)}) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "student", ["l2l", pytest.param("scale", marks=pytest.mark.slow)]
 )

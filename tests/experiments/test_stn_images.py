@@ -48,6 +48,7 @@ def test_mnist_reports_each_method_at_its_best_rates_and_resumes(tmp_path, capsy
     assert summary_of(run)["methods"] == summary["methods"]
 
 
+@pytest.mark.slow
 def test_the_steps_without_a_scan_are_those_of_delta_stn():
     config = stn_mnist.Config(dataset="digits", widths=(4,), batch_size=8)
     config = dataclasses.replace(config, warmup_steps=5)
@@ -67,6 +68,7 @@ def test_the_steps_without_a_scan_are_those_of_delta_stn():
     jax.tree.map(close, *runs)
 
 
+@pytest.mark.slow
 def test_the_small_network_with_convolutions_runs_step_by_step(tmp_path):
     run, methods = tmp_path / "run", ["--methods", "delta_stn", "fixed_literature"]
     argv = ["--dataset", "digits", "--model", "cnn", "--by-step", "--num-seeds", "1"]
