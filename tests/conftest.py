@@ -13,6 +13,13 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Each compiled program holds maps of memory, of which a process has so many."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tfds_dir() -> Path:
     """Folder of prepared tensorflow-datasets sets; skips where there is none."""
