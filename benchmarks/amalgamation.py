@@ -1,6 +1,6 @@
 """Time and memory of a truncation of optimizer amalgamation, and of the exported rule.
 
-    python -m benchmarks.amalgamation              about 8 minutes on 2 cores
+    python -m benchmarks.amalgamation              about 7 minutes on 2 cores
     python -m benchmarks.amalgamation --quick      tiny sizes: does it run?
     python -m benchmarks.amalgamation --out DIR    writes DIR/summary.json too
 

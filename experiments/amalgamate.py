@@ -9,11 +9,11 @@ baselines (`--student l2l`, `scale`, `rnnprop_lv`) are trained. What is chosen b
 `replicate_<i>.safetensors` and its card, and is judged as in `amalgamation_evaluate`.
 
     python -m experiments.amalgamate                        1 minute on 2 cores
-    python -m experiments.amalgamate --preset digits        20 minutes, 3 replicates
+    python -m experiments.amalgamate --preset digits        half an hour, 3 replicates
     python -m experiments.amalgamate --preset paper         a GPU
 
-Expect of `--preset digits` ln training losses of -3.9 to -5.4 after 375 steps, and best
-ln test losses of -3.0 to -3.2. As published, `l2l` and `scale` are to be trained with
+Expect of `--preset digits` ln training losses of -4.2 to -4.8 after 375 steps, and best
+ln test losses of -3.1 to -3.3. As published, `l2l` and `scale` are to be trained with
 `--random-scale 0`.
 """
 

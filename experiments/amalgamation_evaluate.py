@@ -13,7 +13,7 @@ their suffix; replicates of one folder are also set apart by Eq. 9.
     python -m experiments.amalgamation_evaluate --preset paper      a GPU
 
 Expect on the digits Adam at .05 near -5.4 (ln training loss) and -3.6 (best ln test
-loss), and the pretrained optimizers near -4 and -3.1.
+loss), and the pretrained optimizers near -4.6 and -3.3.
 """
 
 import dataclasses

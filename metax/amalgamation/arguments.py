@@ -11,7 +11,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-__all__ = ["check_number", "refuse"]
+__all__ = ["check_at_least", "check_number", "check_one_of", "refuse"]
 
 
 def check_number(
@@ -50,6 +50,30 @@ def check_number(
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         refuse(function, name, f"must be {broken[0]}", number)
+
+
+def check_at_least(
+    function: str, least: int, *, below: bool = False, **values: Any
+) -> None:
+    """Refuses concrete values under `least`, and at it where `below`."""
+    for name, value in values.items():
+        if isinstance(value, jax.core.Tracer):
+            continue
+        fine = value > least if below else value >= least
+        if not fine:
+            rule = "above" if below else "at least"
+            raise ValueError(
+                f"`{function}({name}=...)` must be {rule} {least}; got {value}."
+            )
+
+
+def check_one_of(
+    function: str, name: str, value: Any, allowed: tuple[str, ...]
+) -> None:
+    """Refuses a word that is not among `allowed`."""
+    if value not in allowed:
+        words = " or ".join(f'"{word}"' for word in allowed)
+        raise ValueError(f"`{function}({name}=...)` must be {words}; got {value!r}.")
 
 
 def refuse(function: str, name: str, rule: str, got: Any) -> NoReturn:

@@ -8,13 +8,12 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
+from metax.amalgamation.arguments import check_at_least, check_one_of
 from metax.amalgamation.coordinates import all_finite
 
 __all__ = [
-    "check_at_least",
     "check_differentiable",
     "check_differentiable_student",
-    "check_one_of",
     "check_perturbation",
     "check_settings",
 ]
@@ -32,17 +31,10 @@ def check_differentiable(rule: optax.GradientTransformation, argument: str) -> N
     Raises:
       ValueError: the derivative is not finite.
     """
-    rule = optax.with_extra_args_support(rule)
-    params = jnp.ones(2)
-
-    def moved(grad: jax.Array) -> jax.Array:
-        first, state = rule.update(grad, rule.init(params), params)
-        second, _ = rule.update(grad, state, params)
-        return jnp.sum(jnp.asarray(first)) + jnp.sum(jnp.asarray(second))
-
     with jax.ensure_compile_time_eval():
         # a map compiles the whole probe as one program where it runs eagerly
-        slopes = jax.lax.map(jax.grad(moved), jnp.array([[0.0, 1.0]]))
+        slope = jax.grad(lambda grad: _two_updates(rule, grad))
+        slopes = jax.lax.map(slope, jnp.array([[0.0, 1.0]]))
         fine = all_finite(slopes)
     # rules made of traced numbers cannot be tried; they were where they were concrete
     if not isinstance(fine, jax.core.Tracer) and not fine:
@@ -66,13 +58,7 @@ def check_differentiable_student(student: Any, argument: str) -> None:
         zero, is not finite in the weights or in the gradient.
     """
     shapes = jax.eval_shape(student.init, jax.random.key(0))
-    params = jnp.ones(2)
-
-    def moved(theta: Any, grad: jax.Array) -> jax.Array:
-        rule = optax.with_extra_args_support(student.rule(theta))
-        first, state = rule.update(grad, rule.init(params), params)
-        second, _ = rule.update(grad, state, params)
-        return jnp.sum(jnp.asarray(first)) + jnp.sum(jnp.asarray(second))
+    moved = lambda theta, grad: _two_updates(student.rule(theta), grad)
 
     def is_finite(value: jax.Array) -> jax.Array:
         # any weights will do but zeros, which would hide what is multiplied by them
@@ -118,30 +104,6 @@ def check_perturbation(perturbation: Any, student: Any, estimator: str) -> None:
             "truncation is at hand; got one that asks for gradients. Use "
             "`perturb.gaussian`."
         )
-
-
-def check_at_least(
-    function: str, least: int, *, below: bool = False, **values: Any
-) -> None:
-    """Refuses concrete values under `least`, and at it where `below`."""
-    for name, value in values.items():
-        if isinstance(value, jax.core.Tracer):
-            continue
-        fine = value > least if below else value >= least
-        if not fine:
-            rule = "above" if below else "at least"
-            raise ValueError(
-                f"`{function}({name}=...)` must be {rule} {least}; got {value}."
-            )
-
-
-def check_one_of(
-    function: str, name: str, value: Any, allowed: tuple[str, ...]
-) -> None:
-    """Refuses a word that is not among `allowed`."""
-    if value not in allowed:
-        words = " or ".join(f'"{word}"' for word in allowed)
-        raise ValueError(f"`{function}({name}=...)` must be {words}; got {value!r}.")
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -200,3 +162,11 @@ def _check_switch(num_teachers: int, weight: Any) -> None:
             "`amalgamate(imitation_weight=...)` must lie in [0, 1] with "
             f'combine="switch", where it is a probability; got {weight}.'
         )
+
+
+def _two_updates(rule: optax.GradientTransformation, grad: jax.Array) -> jax.Array:
+    """The sum of all entries of two updates with one gradient of two entries."""
+    rule, params = optax.with_extra_args_support(rule), jnp.ones(2)
+    first, state = rule.update(grad, rule.init(params), params)
+    second, _ = rule.update(grad, state, params)
+    return jnp.sum(jnp.asarray(first)) + jnp.sum(jnp.asarray(second))

@@ -6,21 +6,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metax.amalgamation.clipping import clip_by_weight_norm
+from metax.amalgamation.arguments import check_at_least
 from metax.amalgamation.coordinates import features_dtype, flatten
-from metax.amalgamation.doors import (
-    check_at_least,
-    check_differentiable_student,
-)
+from metax.amalgamation.doors import check_differentiable_student
 from metax.amalgamation.estimators import Carry, bptt, over_tasks
 from metax.amalgamation.policies import LearnedOptimizer
 from metax.amalgamation.restarts import Restart, restarts
 from metax.amalgamation.states import (
-    CLIPPING,
-    CLIPPING_FLOOR,
     DUE,
     AmalgamationInfo,
     AmalgamationState,
+    default_meta_optimizer,
     meta_update,
     show,
 )
@@ -83,8 +79,7 @@ def imitate(
     _check(truncation_length, unroll_length, num_tasks, random_scale)
     check_differentiable_student(student, "imitate(student=...)")
     if meta_optimizer is None:
-        clip = clip_by_weight_norm(CLIPPING, CLIPPING_FLOOR)
-        meta_optimizer = optax.chain(clip, optax.adam(1e-3))
+        meta_optimizer = default_meta_optimizer()
     rule = optax.with_extra_args_support(teacher)
     begin, draw_anew = restarts(
         task,

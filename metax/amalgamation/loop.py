@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 
 from metax.amalgamation import distill, perturb
-from metax.amalgamation.clipping import clip_by_weight_norm
 from metax.amalgamation.doors import (
     check_differentiable_student,
     check_perturbation,
@@ -24,11 +23,10 @@ from metax.amalgamation.perturb import Perturbation
 from metax.amalgamation.policies import LearnedOptimizer
 from metax.amalgamation.restarts import Restart, restarts
 from metax.amalgamation.states import (
-    CLIPPING,
-    CLIPPING_FLOOR,
     DUE,
     AmalgamationInfo,
     AmalgamationState,
+    default_meta_optimizer,
     meta_update,
     show,
 )
@@ -170,8 +168,7 @@ def amalgamate(
     check_perturbation(moves, student, estimator)
     by_step = moves.every == "step"
     if meta_optimizer is None:
-        clip = clip_by_weight_norm(CLIPPING, CLIPPING_FLOOR)
-        meta_optimizer = optax.chain(clip, optax.adam(1e-3))
+        meta_optimizer = default_meta_optimizer()
     reduced: dict[str, Callable[[jax.Array], jax.Array]] = {
         "mean": distill.mean_loss,
         "minmax": distill.minmax_loss,

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metax.amalgamation.arguments import check_number, refuse
+from metax.amalgamation.arguments import check_number, check_one_of, refuse
 from metax.amalgamation.clipping import frobenius_norm
-from metax.amalgamation.doors import check_one_of
 from metax.base import Params, check_key
 
 __all__ = ["Perturbation", "adversarial", "gaussian", "none"]

@@ -6,15 +6,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metax.amalgamation.clipping import (
+    clip_by_weight_norm,
+    frobenius_norm,
+    weight_norm_bound,
+)
 from metax.amalgamation.coordinates import all_finite, keep_unless
 from metax.amalgamation.truncation import Measured
 
 __all__ = [
-    "CLIPPING",
-    "CLIPPING_FLOOR",
     "DUE",
     "AmalgamationInfo",
     "AmalgamationState",
+    "default_meta_optimizer",
     "meta_update",
     "show",
 ]
@@ -22,7 +26,6 @@ __all__ = [
 Params = Any
 # Beyond any unroll: a state that has never seen data is due for a restart.
 DUE = jnp.iinfo(jnp.int32).max
-CLIPPING, CLIPPING_FLOOR = 0.1, 1e-3  # of the default meta-optimizer, and of the info
 
 
 class AmalgamationState(NamedTuple):
@@ -94,6 +97,11 @@ class AmalgamationInfo(NamedTuple):
     is_finite: jax.Array
 
 
+def default_meta_optimizer() -> optax.GradientTransformation:
+    """The paper's: clipping against the norm of the weights, then Adam at 1e-3."""
+    return optax.chain(clip_by_weight_norm(), optax.adam(1e-3))
+
+
 def meta_update(
     meta_optimizer: optax.GradientTransformation,
     state: AmalgamationState,
@@ -127,10 +135,7 @@ def show(
     total = jnp.maximum(jnp.sum(counted) * len(names), 1)
     mean = far.mean((0, 1))
     long = jax.tree.map(
-        lambda g, w: (
-            optax.tree.norm(g)
-            > CLIPPING * jnp.maximum(optax.tree.norm(w), CLIPPING_FLOOR)
-        ),
+        lambda g, w: frobenius_norm(g) > weight_norm_bound(w),
         gradient,
         theta,
     )

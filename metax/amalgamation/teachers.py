@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metax.amalgamation.arguments import check_number
-from metax.amalgamation.doors import check_one_of
+from metax.amalgamation.arguments import check_number, check_one_of
+from metax.amalgamation.coordinates import features_dtype
 
 __all__ = [
     "MomentsState",
@@ -263,7 +263,7 @@ def _descend(
         check_number(function, "learning_rate", learning_rate, least=0)
 
     def init_fn(params: Any) -> MomentsState:
-        zeros = lambda p: jnp.zeros_like(p, dtype=_wide(p))
+        zeros = lambda p: jnp.zeros_like(p, dtype=features_dtype(p))
         return MomentsState(
             count=jnp.zeros([], jnp.int32),
             mu=jax.tree.map(zeros, params),
@@ -274,7 +274,7 @@ def _descend(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, MomentsState]:
         del params, extra_args
-        wide = jax.tree.map(lambda g: g.astype(_wide(g)), updates)
+        wide = jax.tree.map(lambda g: g.astype(features_dtype(g)), updates)
         squares = jax.tree.map(jnp.square, wide)
         mu = _average(state.mu, wide, b1)
         nu = () if b2 is None else _average(state.nu, squares, b2)
@@ -312,7 +312,3 @@ def _check_moments(function: str, **arguments: Any) -> None:
             check_number(function, name, value, above=0)
         else:
             check_number(function, name, value, least=0, below=1)
-
-
-def _wide(leaf: Any) -> Any:
-    return jnp.promote_types(jnp.float32, jnp.result_type(leaf))

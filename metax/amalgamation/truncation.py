@@ -191,7 +191,7 @@ def student_objective(
             grad = _add_noise(grad, input_noise, key_input)
         counts = alive & jnp.isfinite(loss)
         # A policy answers NaN by staying as it is: its state needs no second select,
-        # which would cost a sixth of the step.
+        # which is another pass over the largest arrays.
         grad = jax.tree.map(lambda g: jnp.where(counts, g, jnp.nan), grad)
         if perturb_step is not None:
             theta = perturb_step(theta, key_weights)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.amalgamation.doors import check_at_least
+from metax.amalgamation.arguments import check_at_least
 from metax.amalgamation.policies import LearnedOptimizer
 from metax.amalgamation.restarts import restarts
 from metax.amalgamation.truncation import Optimizee, start_losses, student_objective

@@ -326,7 +326,7 @@ def _conv(
         kernel_init=init,
         bias_init=init,
         name=name,
-        # of one channel: an eighth less for a Delta-STN step of `SimpleCNN` on CPUs
+        # XLA's own convolution of one channel is slow on CPUs
         conv_general_dilated=convolve_gray if x.shape[-1] == 1 else None,
     )(x)
 
