@@ -1,7 +1,9 @@
 """metax: what people tune by hand in a training loop, learned instead."""
 
-from metax import amalgamation, hypergradient, implicit, stn
+from metax import amalgamation, autoloss, hypergradient, implicit, stn
 from metax.base import (
+    Action,
+    AlternatingProblem,
     BilevelProblem,
     Hyperparameter,
     InnerInfo,
@@ -10,12 +12,15 @@ from metax.base import (
     Task,
     check_key,
     inner_loop,
+    last_reward,
     squared_norm,
     truncate,
     unroll,
 )
 
 __all__ = [
+    "Action",
+    "AlternatingProblem",
     "BilevelProblem",
     "Hyperparameter",
     "InnerInfo",
@@ -23,10 +28,12 @@ __all__ = [
     "Loop",
     "Task",
     "amalgamation",
+    "autoloss",
     "check_key",
     "hypergradient",
     "implicit",
     "inner_loop",
+    "last_reward",
     "squared_norm",
     "stn",
     "truncate",

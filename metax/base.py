@@ -2,8 +2,9 @@
 
 metax knows three nouns. A *rule* is an `optax.GradientTransformationExtraArgs`, used
 as it is. A *problem* is a value that says what is to be solved; `Task` is the plain
-one, `BilevelProblem` one whose hyperparameters are to be found as well. A `Loop` is
-anything that iterates, a pair of pure functions:
+one, `BilevelProblem` one whose hyperparameters are to be found as well,
+`AlternatingProblem` one of several losses that take turns. A `Loop` is anything that
+iterates, a pair of pure functions:
 
     init(key) -> state          step(state, key, data) -> (state, info)
 
@@ -12,15 +13,34 @@ the first and stacks the second. Data is always an argument and never a closure:
 array that a jitted function closes over is written into the program.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from metax.problems import (
+    Action,
+    AlternatingProblem,
+    BilevelProblem,
+    Data,
+    Hyperparameter,
+    Params,
+    Task,
+    last_reward,
+    squared_norm,
+)
+
+# what annotations elsewhere call these trees by
+from metax.problems import Batch as Batch
+from metax.problems import Hparams as Hparams
+from metax.problems import Outputs as Outputs
+from metax.problems import Select as Select
+
 __all__ = [
+    "Action",
+    "AlternatingProblem",
     "BilevelProblem",
     "Hyperparameter",
     "InnerInfo",
@@ -29,114 +49,14 @@ __all__ = [
     "Task",
     "check_key",
     "inner_loop",
+    "last_reward",
     "squared_norm",
     "truncate",
     "unroll",
 ]
 
-Params = Any
-Batch = Any
-Data = Any
-Outputs = Any
 # A `Loop`, or a method's own tuple that begins with its two fields; no type says that.
 LoopLike = Any
-Hparams = dict[str, jax.Array]
-Select = Callable[[tuple[Any, ...], Any], bool]
-
-
-class Task(NamedTuple):
-    """What an inner loop solves: four pure functions, and one that most tasks lack.
-
-    Attributes:
-      init: `init(key) -> params`, a pytree of arrays.
-      loss: `loss(params, batch, key) -> scalar`, the objective whose gradient is
-        followed. `key` feeds whatever is random inside (dropout); most losses ignore
-        it.
-      sample: `sample(data, key) -> batch`, draws a batch inside jit. A set that does
-        not fit in memory streams: the caller passes each host batch as `data` and
-        `sample` returns it unchanged.
-      evaluate: `evaluate(params, data) -> dict of scalars`, deterministic.
-      carry: None, or `carry(updated, params, batch, key) -> params`: writes into
-        `updated` what the forward pass of `loss(params, batch, key)` produced that is
-        no weight, batch-norm statistics for example. `loss` must stop the gradient of
-        such leaves; whatever the rule did to them is overwritten, but a rule that sums
-        over leaves should be masked to the others. Under jit XLA shares the forward
-        pass with that of the loss where it recognises the two as one.
-    """
-
-    init: Callable[[jax.Array], Params]
-    loss: Callable[[Params, Batch, jax.Array], jax.Array]
-    sample: Callable[[Data, jax.Array], Batch]
-    evaluate: Callable[[Params, Data], Mapping[str, jax.Array]]
-    carry: Callable[[Params, Params, Batch, jax.Array], Params] | None = None
-
-
-class Hyperparameter(NamedTuple):
-    """What a hyperparameter may be, in natural units: a dropout rate as a rate.
-
-    A value, not a function: bounds travel with the problem, and the method that moves
-    the hyperparameter maps them to coordinates of its own.
-
-    Attributes:
-      init: where tuning starts, within the bounds; a scalar, or an array of shape
-        (k, ...): one name with k coordinates.
-      lower: the least value, -inf for none.
-      upper: the greatest value, inf for none.
-      scale: the coordinate in which it is moved: "linear"; "log", for values that range
-        over decades (lower ≥ 0); "logit", between two finite bounds; "softplus", above
-        a finite lower bound.
-      perturbation: the standard deviation σ of the noise that probes it, in that
-        coordinate; above 0.
-      shared: the whole batch gets one perturbation, and the functions of the problem
-        get the value without a batch axis. For what acts on weights (dropconnect).
-      discrete: rounded down after everything else (a count).
-    """
-
-    init: Any
-    lower: float = -math.inf
-    upper: float = math.inf
-    scale: Literal["linear", "log", "logit", "softplus"] = "linear"
-    perturbation: float = 1.0
-    shared: bool = False
-    discrete: bool = False
-
-
-class BilevelProblem(NamedTuple):
-    """Weights that minimise a training loss, hyperparameters a validation loss.
-
-        λ* = argmin_λ L_V(λ, w*(λ)),    w*(λ) = argmin_w L_T(λ, w)
-
-    The functions see *natural* hyperparameter values, `hparams`: for each name an array
-    of shape (batch,) + init.shape, a value per example, or init.shape where the
-    hyperparameter is `shared`. The leading axis of each leaf of a batch is the example.
-
-    Attributes:
-      init: `init(key) -> params`, a pytree of arrays.
-      predict: `predict(params, batch, hparams, key) -> outputs`, any pytree of arrays
-        with all that the losses need. `key` feeds what is random; None means evaluation
-        and turns off dropout, augmentation and noise.
-      train_loss: `train_loss(outputs, batch, hparams, params) -> (batch,)`, one loss
-        per example; the mean is minimised. For weight decay call
-        `squared_norm(params)`: `params` may stand for weights that differ between
-        examples, and then nothing else can be done with them.
-      valid_loss: `valid_loss(outputs, batch) -> scalar`, what the hyperparameters
-        minimise.
-      sample_train: `sample_train(data, key) -> batch`, inside jit.
-      sample_valid: `sample_valid(data, key) -> batch`, inside jit.
-      hparams: the `Hyperparameter` of each name.
-      carry: None, or `carry(params, outputs) -> params`: writes back what a forward
-        pass produced that is no weight (running statistics, recurrent state).
-        `predict` must stop the gradient of the leaves it carries.
-    """
-
-    init: Callable[[jax.Array], Params]
-    predict: Callable[[Params, Batch, Hparams, jax.Array | None], Outputs]
-    train_loss: Callable[[Outputs, Batch, Hparams, Params], jax.Array]
-    valid_loss: Callable[[Outputs, Batch], jax.Array]
-    sample_train: Callable[[Data, jax.Array], Batch]
-    sample_valid: Callable[[Data, jax.Array], Batch]
-    hparams: Mapping[str, Hyperparameter]
-    carry: Callable[[Params, Outputs], Params] | None = None
 
 
 class Loop(NamedTuple):
@@ -287,39 +207,6 @@ def unroll(
     check_key(keys, "unroll(keys=...)", ndim=1)
     step = jax.checkpoint(loop.step) if remat else loop.step
     return jax.lax.scan(lambda carry, key: step(carry, key, data), state, keys)
-
-
-def squared_norm(params: Params, select: Select | None = None) -> jax.Array:
-    """Sums the squares of the weights, for a penalty inside a training loss.
-
-    Args:
-      params: a parameter tree, or what a `BilevelProblem.train_loss` was given for one:
-        an object with a method `squared_norm(select)` answers for itself.
-      select: `select(path, leaf) -> bool`, which leaves count, e.g.
-        `lambda path, leaf: leaf.ndim > 1`; all by default. Integer leaves never do.
-
-    Returns:
-      A scalar for a tree; of shape (batch,) where the weights differ between examples.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from metax import squared_norm
-      >>> params = {"kernel": jnp.array([[3.0]]), "bias": jnp.array([4.0])}
-      >>> kernels = lambda path, leaf: leaf.ndim > 1
-      >>> float(squared_norm(params)), float(squared_norm(params, kernels))
-      (25.0, 9.0)
-    """
-    own = getattr(params, "squared_norm", None)
-    if own is not None:
-        return own(select)
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    squares = [
-        jnp.sum(jnp.square(leaf))
-        for path, leaf in leaves
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-        and (select is None or select(path, leaf))
-    ]
-    return sum(squares, start=jnp.zeros(()))
 
 
 def truncate(state: Any) -> Any:

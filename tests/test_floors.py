@@ -38,8 +38,9 @@ def floor(metax: str = "", anywhere: str = "", inside: str = "") -> Floor:
 
 METHOD = floor("base artifact", "jax optax flax")
 FLOORS = {
-    "__init__": floor("base amalgamation hypergradient implicit stn"),
-    "base": floor("", "jax optax"),
+    "__init__": floor("base amalgamation autoloss hypergradient implicit stn"),
+    "base": floor("problems", "jax optax"),
+    "problems": floor("", "jax optax"),
     "artifact": floor("", "jax optax", inside="safetensors"),
     "hypergradient": floor("base artifact", "jax optax"),
     "stn": METHOD,

@@ -1,0 +1,78 @@
+"""How the parts of this package refuse an argument.
+
+Values are looked at only where they are concrete: traced ones pass, so that a sweep
+over probabilities or thresholds stays a vmap.
+"""
+
+import math
+from typing import Any, NoReturn
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+__all__ = ["check_at_least", "check_number", "check_one_of", "refuse"]
+
+
+def check_number(
+    function: str,
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Refuses what is no finite scalar within its bounds.
+
+    Args:
+      function: the public name that was called, e.g. `"bernoulli"`.
+      name: the argument.
+      value: what the caller passed; a traced scalar passes.
+      least: the least value allowed.
+      most: the largest value allowed.
+      above: what it must exceed.
+      below: what it must stay below.
+
+    Raises:
+      ValueError: naming function and argument, the rule and the value.
+    """
+    if isinstance(value, bool | str) or value is None or jnp.shape(value) != ():
+        refuse(function, name, "must be a scalar number", value)
+    if isinstance(value, jax.core.Tracer):
+        return
+    number = float(value)
+    rules = {
+        f"at least {least}": least is None or number >= least,
+        f"at most {most}": most is None or number <= most,
+        f"above {above}": above is None or number > above,
+        f"below {below}": below is None or number < below,
+        "finite": math.isfinite(number),
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        refuse(function, name, f"must be {broken[0]}", number)
+
+
+def check_at_least(function: str, least: int, **values: Any) -> None:
+    """Refuses what is no integer, and integers under `least`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            refuse(function, name, "must be an integer", repr(value))
+        if value.__index__() < least:
+            refuse(function, name, f"must be at least {least}", value)
+
+
+def check_one_of(
+    function: str, name: str, value: Any, allowed: tuple[str, ...]
+) -> None:
+    """Refuses a word that is not among `allowed`."""
+    if value not in allowed:
+        words = " or ".join(f'"{word}"' for word in allowed)
+        refuse(function, name, f"must be {words}", repr(value))
+
+
+def refuse(function: str, name: str, rule: str, got: Any) -> NoReturn:
+    """Raises the `ValueError` that every refusal of an argument is."""
+    raise ValueError(f"`{function}({name}=...)` {rule}; got {got}.")
