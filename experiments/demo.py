@@ -31,10 +31,10 @@ from metax.tasks import (
     MLP,
     Dataset,
     TunableMLP,
-    classification,
     corrupt_labels,
     epochs,
     hold_out,
+    image_classification,
     image_tuning,
     load,
     normalization,
@@ -95,7 +95,7 @@ def train_digits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Test loss and learning rate after each epoch, each [seeds, epochs, rates]."""
     mean, std = normalization("digits")
-    task = classification(MLP(10, (64,)), data.train.image, mean=mean, std=std)
+    task = image_classification(MLP(10, (64,)), data.train.image, mean=mean, std=std)
     test = lambda state, split: task.evaluate(state.params, split)
 
     def build(rate: jax.Array) -> Any:

@@ -35,9 +35,9 @@ from metax.harness import (
 from metax.hypergradient import adam_hd, sgd_hd
 from metax.tasks import (
     VGG16,
-    classification,
     crop_and_flip,
     epochs,
+    image_classification,
     load,
     normalization,
 )
@@ -80,7 +80,9 @@ def build(config: Config, image: np.ndarray) -> Loop:
     """A loop of epochs on augmented images, whose infos hold the learning rates."""
     mean, std = normalization("imagenet")
     model = VGG16(10, scale=config.width)
-    task = classification(model, image, mean=mean, std=std, augment=crop_and_flip())
+    task = image_classification(
+        model, image, mean=mean, std=std, augment=crop_and_flip()
+    )
     rate = lambda state: optax.tree.get(state, "learning_rate", jnp.nan)
     loop = inner_loop(task, rule(config), observe=rate)
     test = lambda state, split: task.evaluate(state.params, split)

@@ -37,7 +37,7 @@ from metax.harness import (
     write_summary,
 )
 from metax.hypergradient import adam_hd, sgd_hd
-from metax.tasks import MLP, Linear, classification, epochs, load, normalization
+from metax.tasks import MLP, Linear, epochs, image_classification, load, normalization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def build(
     """A loop of epochs with one rule, whose infos hold the learning rates."""
     model = Linear(10) if config.model == "logistic" else MLP(10)
     mean, std = normalization(config.dataset)
-    task = classification(model, image, mean=mean, std=std)
+    task = image_classification(model, image, mean=mean, std=std)
     rule = optax.chain(optax.add_decayed_weights(config.l2), rule)
     rate = lambda state: optax.tree.get(state, "learning_rate", jnp.nan)
     loop = inner_loop(task, rule, observe=rate)

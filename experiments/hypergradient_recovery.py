@@ -37,7 +37,7 @@ from metax.harness import (
     write_summary,
 )
 from metax.hypergradient import adam_hd, sgd_hd
-from metax.tasks import Linear, classification, epochs, load, normalization
+from metax.tasks import Linear, epochs, image_classification, load, normalization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ def build(
 ) -> Loop:
     """A loop of epochs with one rule."""
     mean, std = normalization(config.dataset)
-    task = classification(Linear(10), image, mean=mean, std=std)
+    task = image_classification(Linear(10), image, mean=mean, std=std)
     loop = inner_loop(task, optax.chain(optax.add_decayed_weights(config.l2), rule))
     test = lambda state, split: task.evaluate(state.params, split)
     return epochs(loop, config.batch_size, evaluate=test)

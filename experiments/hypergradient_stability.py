@@ -35,7 +35,7 @@ from metax.harness import (
     write_summary,
 )
 from metax.hypergradient import adam_hd
-from metax.tasks import MLP, classification, load, normalization
+from metax.tasks import MLP, image_classification, load, normalization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def failure(config: Config, data: Any) -> dict[str, dict[str, Any]]:
     """Runs the MLP with each guard; a diverging run is carried on and reported."""
     mean, std = normalization(config.dataset)
     how = {"batch_size": config.batch_size, "mean": mean, "std": std}
-    task = classification(MLP(10), data.train.image[0], **how)
+    task = image_classification(MLP(10), data.train.image[0], **how)
     table = {}
     for name, (beta, options) in GUARDS.items():
         rule = adam_hd(config.learning_rate, beta, **options)

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metax import Loop, Task, inner_loop
+from metax import Action, AlternatingProblem, Loop, Task, inner_loop
 from metax.amalgamation import amalgamate, imitate, perturb, pool, rnnprop
+from metax.autoloss import PPO, autoloss, bernoulli, controller, features, guide
 from metax.harness import grid, replicate
 from metax.hypergradient import adam_hd
 from metax.stn import DeltaSTN, best_response, delta_stn
@@ -108,14 +109,62 @@ def _amalgamation() -> Loop:
         warmup_steps=2,
         perturbation=perturb.gaussian(),
     )
-    return Loop(jax.jit(loop.init), jax.jit(loop.step))
+    return _jitted(loop)
 
 
 @functools.cache
 def _imitation() -> Loop:
     """A teacher that is not differentiated, and a restart at every second step."""
     lengths = {"truncation_length": 2, "unroll_length": 4}
-    loop = imitate(_regression(), rnnprop(2, 1), adam_hd(0.01, 0.02), **lengths)
+    return _jitted(
+        imitate(_regression(), rnnprop(2, 1), adam_hd(0.01, 0.02), **lengths)
+    )
+
+
+def _alternating(*, full_batch: bool = False) -> AlternatingProblem:
+    """Least squares and the size of the weights, which take turns."""
+    task = _regression()
+    fixed = lambda params, batch, key: jnp.mean((batch.image @ params["w"] - 1) ** 2)
+    return AlternatingProblem(
+        init=lambda key: {"model": task.init(key)},
+        losses=(
+            lambda params, batch, key: task.loss(params["model"], batch, key),
+            lambda params, batch, key: 0.1 * jnp.sum(jnp.abs(params["model"]["w"])),
+        ),
+        actions=(Action(0), Action(1)),
+        optimizers=optax.adam(0.05),
+        sample=lambda data, key: data,
+        metric=lambda params, data: fixed(params["model"], data, None),
+        reward=lambda history, live: -jnp.min(jnp.where(live, history, jnp.inf)),
+        validate_every=2,
+        full_batch=full_batch,
+    )
+
+
+@functools.cache
+def _autoloss() -> Loop:
+    """Four runs to an update, features with statistics, gradients carried."""
+    problem = _alternating(full_batch=True)
+    seen = features.running_norm(features.released("regression"))
+    options = {"features": seen, "num_steps": 4, "num_rollouts": 4, "chunk": 2}
+    return _jitted(autoloss(problem, controller(2, (4,)), **options))
+
+
+@functools.cache
+def _online() -> Loop:
+    """Segments of two steps, a run of four: it begins anew at every second step."""
+    ppo = PPO(segment_length=2, buffer_size=8, batch_size=4, num_updates=2)
+    net = controller(2, (4,), critic_hidden=(4,))
+    options = {"features": features.paper(2), "num_steps": 4, "ppo": ppo}
+    return _jitted(autoloss(_alternating(), net, estimator="ppo", **options))
+
+
+@functools.cache
+def _guide() -> Loop:
+    return _jitted(guide(_alternating(), bernoulli(0.5), num_steps=5))
+
+
+def _jitted(loop: Loop) -> Loop:
     return Loop(jax.jit(loop.init), jax.jit(loop.step))
 
 
@@ -132,6 +181,9 @@ LOOPS = {
     "delta_stn": Case(_delta_stn, _ridge, lambda: _ridge(NAN)),
     "amalgamation": Case(_amalgamation, _split, lambda: _split(NAN)),
     "imitation": Case(_imitation, _split, lambda: _split(NAN)),
+    "autoloss": Case(_autoloss, _split, lambda: _split(NAN)),
+    "autoloss_online": Case(_online, _split, lambda: _split(NAN)),
+    "guide": Case(_guide, _split, lambda: _split(NAN)),
     "grid": Case(
         lambda: grid(_inner, jnp.array([0.01, 0.1])), _split, lambda: _split(NAN)
     ),

@@ -192,6 +192,7 @@ def _start(rules: _Rules, key: jax.Array) -> RunState:
     problem = rules.problem
     params = problem.init(key)
     zero, no = jnp.int32(0), jnp.bool_(False)
+    worst = -jnp.inf if problem.maximize else jnp.inf
     losses = jnp.zeros(len(problem.losses))
     return RunState(
         params=params,
@@ -211,7 +212,7 @@ def _start(rules: _Rules, key: jax.Array) -> RunState:
         ),
         gradients=zero_gradients(problem, params) if rules.carries else (),
         best_params=params,
-        best_metric=jnp.full((), -jnp.inf if problem.maximize else jnp.inf),
+        best_metric=jnp.full((), worst, losses.dtype),
         best_step=zero,
         smoothed=jnp.zeros(()),
         waited=zero,

@@ -22,6 +22,7 @@ from metax.autoloss.vectors import (
     custom,
     keep_before,
     look_up,
+    remembering,
     validation_loss,
 )
 
@@ -114,7 +115,9 @@ def paper(
     if kind == "gan":
         if num_losses != 2:
             refuse("paper", "num_losses", 'must be 2 with kind="gan"', num_losses)
-        return _without_memory(FeatureSpec("paper", 1, 9, arguments, "chosen", None))
+        plain = _adversarial(FeatureSpec("paper", 1, 9, arguments, "chosen", None))
+        scores = {"inception_score": 0.0, "discriminator_error": 0.0}
+        return remembering(plain, scores)
     size = 1 + 2 * num_losses + 2 + orders
     spec = FeatureSpec("paper", 1, size, arguments, "chosen", None)
 
@@ -156,8 +159,8 @@ def _advance(
     )
 
 
-def _without_memory(spec: FeatureSpec) -> Features:
-    """The paper's features of a GAN: they depend on the last observation alone."""
+def _adversarial(spec: FeatureSpec) -> Features:
+    """The paper's features of a GAN, of the last observation alone."""
 
     def start(*_) -> tuple[tuple[()], jax.Array]:
         return (), jnp.zeros(spec.size)

@@ -47,7 +47,7 @@ def begin(learner: Learner, key: jax.Array) -> AutoLossState:
         baseline=jnp.zeros(()),
         num_updates=jnp.int32(0),
         best_phi=phi,
-        best_metric=jnp.full((), worst),
+        best_metric=jnp.full((), worst, jnp.zeros(()).dtype),
         online=(),
     )
 

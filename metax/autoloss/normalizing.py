@@ -19,13 +19,14 @@ class NormState(NamedTuple):
       inner: of the features below.
       count: int32 [], vectors so far, n.
       mean: [F], μ.
-      squares: [F], M, the sum of squared distances from the mean.
+      variance: [F], σ². Not the sum M of squared distances: to that a long training in
+        single precision could no longer add.
     """
 
     inner: Any
     count: jax.Array
     mean: jax.Array
-    squares: jax.Array
+    variance: jax.Array
 
 
 def running_norm(
@@ -33,14 +34,15 @@ def running_norm(
 ) -> Features:
     """Normalises each entry by its running mean and variance.
 
-        n ← n + 1,    Δ = x - μ,    μ ← μ + Δ/n,    M ← M + Δ (x - μ)
-        y = clip((x - μ) / √(M/n)),    0 where M/n < ε
+        n ← n + 1,    Δ = x - μ,    μ ← μ + Δ/n,    σ² ← σ² + (Δ (x - μ) - σ²)/n
+        y = clip((x - μ)/σ),    0 where σ² < ε
 
     Statistics survive a run: `reset` keeps them, and `merge` puts those of several runs
-    together as if one had seen it all. Of a run that begins with (n₀, μ₀, M₀) and ends
-    with (n₁, μ₁, M₁) the own part is
+    together as if one had seen it all. Of a run that begins with (n₀, μ₀, σ₀²) and ends
+    with (n₁, μ₁, σ₁²) the own part is, with w = n₁/n,
 
-        n = n₁ - n₀,    μ = μ₀ + (μ₁ - μ₀) n₁/n,    M = M₁ - M₀ - (μ - μ₀)² n₀ n/n₁
+        n = n₁ - n₀,    μ = μ₀ + w (μ₁ - μ₀)
+        σ² = σ₀² + w (σ₁² - σ₀²) - (μ - μ₀)² n₀/n₁
 
     The vector before a first step is normalised but not counted. A vector that is not
     finite, or too large to be squared, is not counted either, and its entries that are
@@ -129,42 +131,42 @@ def _counted(state: NormState, x: jax.Array) -> NormState:
     count = state.count + 1
     distance = x - state.mean
     mean = state.mean + distance / count
-    squares = state.squares + distance * (x - mean)
-    fine = jnp.all(jnp.isfinite(mean) & jnp.isfinite(squares))
+    square = distance * (x - mean)
+    variance = state.variance + (square - state.variance) / count
+    fine = jnp.all(jnp.isfinite(mean) & jnp.isfinite(variance))
     return NormState(
         inner=state.inner,
         count=jnp.where(fine, count, state.count),
         mean=jnp.where(fine, mean, state.mean),
-        squares=jnp.where(fine, squares, state.squares),
+        variance=jnp.where(fine, variance, state.variance),
     )
 
 
 def _normalized(
     state: NormState, x: jax.Array, clip: float, epsilon: float
 ) -> jax.Array:
-    variance = state.squares / jnp.maximum(state.count, 1)
-    scale = jnp.sqrt(jnp.maximum(variance, epsilon))
+    scale = jnp.sqrt(jnp.maximum(state.variance, epsilon))
     y = jnp.clip((x - state.mean) / scale, -clip, clip)
-    return jnp.where((variance < epsilon) | ~jnp.isfinite(x), 0, y)
+    return jnp.where((state.variance < epsilon) | ~jnp.isfinite(x), 0, y)
 
 
 def _merged(before: NormState, states: NormState) -> NormState:
     """The statistics of all runs, those that they began with counted once."""
+    column = lambda n: jnp.asarray(n, before.mean.dtype)[:, None]
     own = states.count - before.count
-    n0, n1 = (jnp.asarray(n, before.mean.dtype) for n in (before.count, states.count))
-    n = jnp.maximum(n1 - n0, 1)[:, None]
-    n1 = jnp.maximum(n1, 1)[:, None]
-    mean = before.mean + (states.mean - before.mean) * n1 / n
-    shift = jnp.square(mean - before.mean) * n0 * n / n1
-    squares = jnp.maximum(states.squares - before.squares - shift, 0)
+    n, n1, n0 = column(own), column(states.count), before.count
+    known = n > 0
+    w = jnp.where(known, n1, 0) / jnp.where(known, n, 1)
+    mean = before.mean + w * (states.mean - before.mean)
+    variance = before.variance + w * (states.variance - before.variance)
+    variance -= jnp.square(mean - before.mean) * n0 / jnp.maximum(n1, 1)
+    variance = jnp.where(known, jnp.maximum(variance, 0), 0)
 
-    share = jnp.asarray(own, before.mean.dtype)[:, None]
-    count = before.count + jnp.sum(own, dtype=own.dtype)
-    total = jnp.maximum(count, 1)
-    moved = before.mean + jnp.sum(share * (mean - before.mean), 0) / total
-    between = n0 * jnp.square(before.mean - moved)
-    between += jnp.sum(share * jnp.square(mean - moved), 0)
-    within = before.squares + jnp.sum(jnp.where(share > 0, squares, 0), 0)
-    new = NormState(before.inner, count, moved, within + between)
-    fine = jnp.all(jnp.isfinite(new.mean) & jnp.isfinite(new.squares))
+    count = n0 + jnp.sum(own, dtype=own.dtype)
+    shares, share0 = n / jnp.maximum(count, 1), n0 / jnp.maximum(count, 1)
+    moved = before.mean + jnp.sum(shares * (mean - before.mean), 0)
+    spread = share0 * (before.variance + jnp.square(before.mean - moved))
+    spread += jnp.sum(shares * (variance + jnp.square(mean - moved)), 0)
+    new = NormState(before.inner, count, moved, spread.astype(moved.dtype))
+    fine = jnp.all(jnp.isfinite(new.mean) & jnp.isfinite(new.variance))
     return jax.tree.map(lambda a, b: jnp.where(fine, a, b), new, before)

@@ -19,6 +19,7 @@ from metax.autoloss.vectors import (
     check_spec,
     keep_before,
     look_up,
+    remembering,
     validation_loss,
 )
 
@@ -162,7 +163,12 @@ def released(
     check_spec("released", spec)
     start = lambda *_: (parts.state(), parts.start())
     update = parts.update(decay or 0.0, score_offset)
-    return Features(start, update, start, keep_before, spec)
+    found = Features(start, update, start, keep_before, spec)
+    if task == "gan":  # an entry of 0 before the first score
+        return remembering(found, {"inception_score": score_offset})
+    if task == "classification":
+        return remembering(found, {"train_accuracy": 0.0, "valid_accuracy": 0.0})
+    return found
 
 
 def no_improvement() -> ImprovementState:

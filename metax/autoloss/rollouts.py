@@ -52,7 +52,7 @@ class EpisodeResult(NamedTuple):
       best_step: int32 [].
       metrics: [K], at each check; NaN where not reached.
       metrics_live: bool [K].
-      reward: [], by `AlternatingProblem.reward`.
+      reward: [], by `AlternatingProblem.reward`; NaN where K = 0.
       num_steps: int32 [], live steps.
       action_counts: int32 [Q].
       policy_state: with the feature statistics, for example.
@@ -330,6 +330,8 @@ def _result(
     if problem.final_metric is not None:
         last = jnp.asarray(problem.final_metric(best_params, data), metrics.dtype)
         history, reached = jnp.append(metrics, last), jnp.append(live, True)
+    # a reward may index its history, which is empty where no check was to come
+    reward = problem.reward(history, reached) if history.size else jnp.asarray(jnp.nan)
     return EpisodeResult(
         params=state.params,
         optimizer_states=state.optimizer_states,
@@ -338,7 +340,7 @@ def _result(
         best_step=state.best_step,
         metrics=metrics,
         metrics_live=live,
-        reward=problem.reward(history, reached),
+        reward=reward,
         num_steps=state.step,
         action_counts=state.action_counts,
         policy_state=state.policy_state,

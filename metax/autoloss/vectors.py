@@ -21,6 +21,7 @@ __all__ = [
     "custom",
     "keep_before",
     "look_up",
+    "remembering",
     "validation_loss",
 ]
 
@@ -126,6 +127,56 @@ def custom(
         return state, x
 
     return Features(start, update, start, keep_before, spec)
+
+
+class RememberedState(NamedTuple):
+    """The state of the features below, and what they were shown last.
+
+    Attributes:
+      inner: of the features below.
+      extras: the scalars that are remembered.
+    """
+
+    inner: Any
+    extras: dict[str, jax.Array]
+
+
+def remembering(features: Features, initial: dict[str, float]) -> Features:
+    """Shows features the last values of some `extras` where none was refreshed.
+
+    Args:
+      features: without statistics.
+      initial: which scalars, and what they are before the first refresh. One that the
+        problem does not give is not made up: `look_up` still misses it.
+
+    Returns:
+      The features.
+    """
+
+    def start(inner: Any) -> RememberedState:
+        return RememberedState(inner, {n: as_float(v) for n, v in initial.items()})
+
+    def init() -> tuple[RememberedState, jax.Array]:
+        inner, x = features.init()
+        return start(inner), x
+
+    def reset(state: RememberedState) -> tuple[RememberedState, jax.Array]:
+        inner, x = features.reset(state.inner)
+        return start(inner), x
+
+    def update(
+        state: RememberedState, observation: Observation
+    ) -> tuple[RememberedState, jax.Array]:
+        given, refreshed = observation.extras, observation.metric_refreshed
+        latest = {
+            name: jnp.where(refreshed, as_float(given.get(name, old)), old)
+            for name, old in state.extras.items()
+        }
+        shown = {name: latest.get(name, value) for name, value in given.items()}
+        inner, x = features.update(state.inner, observation._replace(extras=shown))
+        return RememberedState(inner, latest), x
+
+    return Features(init, update, reset, keep_before, features.spec)
 
 
 def check_spec(function: str, spec: FeatureSpec) -> None:

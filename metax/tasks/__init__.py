@@ -1,11 +1,18 @@
 """Problems to train on: data sets, models, and the tasks made of them."""
 
-from metax.tasks import optimizees, ridge_solutions
+from metax.tasks import classification, optimizees, regression, ridge_solutions
 from metax.tasks.augmentation import crop_and_flip
 from metax.tasks.batching import EpochInfo, epochs, minibatch
-from metax.tasks.classification import classification
 from metax.tasks.colour import colour_jitter
-from metax.tasks.data import Dataset, Split, load, normalization
+from metax.tasks.data import (
+    Dataset,
+    FiveWay,
+    Split,
+    controller_data,
+    load,
+    normalization,
+    task_data,
+)
 from metax.tasks.dropout import dropout
 from metax.tasks.holdout import TuningData, corrupt_labels, hold_out
 from metax.tasks.images import (
@@ -15,6 +22,7 @@ from metax.tasks.images import (
     scaling_noise,
     transform_images,
 )
+from metax.tasks.labelled import image_classification
 from metax.tasks.language import (
     LanguageData,
     LanguageTuning,
@@ -44,6 +52,7 @@ from metax.tasks.ranges import stock_hparams
 from metax.tasks.recurrent import LSTM, LayerState, Masks
 from metax.tasks.ridge import Examples, RidgeData, diabetes_ridge, ridge_regression
 from metax.tasks.svm import census_like, smoothed_svm
+from metax.tasks.tables import join_splits
 from metax.tasks.text import TextData, batchify, load_ptb, segments, synthetic_text
 from metax.tasks.tunable import AlexNet, ResNet18, SimpleCNN, TunableMLP, TunableVGG16
 from metax.tasks.tuning import ImageTuning, image_tuning
@@ -59,6 +68,7 @@ __all__ = [
     "Dataset",
     "EpochInfo",
     "Examples",
+    "FiveWay",
     "ImageTuning",
     "LanguageData",
     "LanguageTuning",
@@ -81,6 +91,7 @@ __all__ = [
     "census_like",
     "classification",
     "colour_jitter",
+    "controller_data",
     "corrupt_labels",
     "crop_and_flip",
     "cutout",
@@ -90,7 +101,9 @@ __all__ = [
     "epochs",
     "hold_out",
     "horizontal_flip",
+    "image_classification",
     "image_tuning",
+    "join_splits",
     "language_tuning",
     "load",
     "load_ptb",
@@ -102,6 +115,7 @@ __all__ = [
     "normalization",
     "optimizees",
     "private_loss",
+    "regression",
     "ridge_regression",
     "ridge_solutions",
     "row_rescaling",
@@ -112,6 +126,7 @@ __all__ = [
     "stock_hparams",
     "stock_language_hparams",
     "synthetic_text",
+    "task_data",
     "transform_images",
     "two_layer_regression",
     "word_mask",

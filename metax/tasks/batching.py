@@ -82,7 +82,7 @@ def epochs(
 
     Args:
       loop: takes a batch as its data. The `sample` of its task hands the batch on, as
-        that of `classification(..., batch_size=None)` does.
+        that of `image_classification(..., batch_size=None)` does.
       size: examples a batch, from 1 to N.
       evaluate: `evaluate(state, test) -> dict of scalars`, run once at the end of the
         epoch, e.g. `lambda state, test: task.evaluate(state.params, test)`.
@@ -99,9 +99,9 @@ def epochs(
     Example:
       >>> import jax, optax
       >>> from metax import inner_loop, unroll
-      >>> from metax.tasks import Linear, classification, epochs, load
+      >>> from metax.tasks import Linear, epochs, image_classification, load
       >>> data = load("digits")
-      >>> task = classification(Linear(10), data.train.image[0], std=16.0)
+      >>> task = image_classification(Linear(10), data.train.image[0], std=16.0)
       >>> loop = epochs(inner_loop(task, optax.sgd(0.1)), 128)
       >>> state = loop.init(jax.random.key(0))
       >>> keys = jax.random.split(jax.random.key(1), 2)

@@ -8,6 +8,9 @@ takes a fraction of a second. Nothing is downloaded.
 
 Arrays go to the device once, by `jax.device_put`, and from there into `step` as an
 argument.
+
+Sets of any kind on which one model is trained to learn how to train another are cut in
+five, a `FiveWay`.
 """
 
 import hashlib
@@ -20,7 +23,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Dataset", "Split", "load", "normalization"]
+__all__ = [
+    "Dataset",
+    "FiveWay",
+    "Split",
+    "controller_data",
+    "load",
+    "normalization",
+    "task_data",
+]
 
 # what experiments/prepare_data.py makes, and what tensorflow-datasets alone does
 _OURS = ("mnist", "fashion_mnist", "cifar10")
@@ -60,6 +71,58 @@ class Dataset(NamedTuple):
 
     train: Split
     test: Split
+
+
+class FiveWay(NamedTuple):
+    """A set in five parts, so that nothing is scored on what taught it.
+
+    What is learned about training (a schedule, a controller) comes from the first two
+    parts; the model that it then guides has the next two; the last is read once. Each
+    part is any pytree of arrays.
+
+    Fan et al., "Learning to teach", ICLR 2018, arXiv 1805.03643, section 5.1.
+
+    Attributes:
+      controller_train: what models are trained on while a controller learns.
+      controller_valid: where their metric is measured, which is its reward.
+      task_train: what the guided model is trained on.
+      task_valid: where its best step is chosen.
+      test: where it is scored.
+    """
+
+    controller_train: Any
+    controller_valid: Any
+    task_train: Any
+    task_valid: Any
+    test: Any
+
+
+def controller_data(splits: FiveWay) -> dict[str, Any]:
+    """The data of an `AlternatingProblem` while a controller learns on it.
+
+    Args:
+      splits: a set in five parts.
+
+    Returns:
+      `{"train", "valid"}`, the two parts of the controller.
+    """
+    return {"train": splits.controller_train, "valid": splits.controller_valid}
+
+
+def task_data(splits: FiveWay) -> dict[str, Any]:
+    """The data of an `AlternatingProblem` for the model that counts.
+
+    Args:
+      splits: a set in five parts.
+
+    Returns:
+      `{"train", "valid", "test"}`, the parts that no controller has seen.
+    """
+    return {
+        "train": splits.task_train,
+        "valid": splits.task_valid,
+        "test": splits.test,
+    }
 
 
 def load(
@@ -131,7 +194,7 @@ def normalization(name: str) -> tuple[np.ndarray, np.ndarray]:
         published settings for CIFAR-10 work.
 
     Returns:
-      `(mean, std)`, float32 [channels] each, the arguments of `classification`.
+      `(mean, std)`, float32 [channels] each, the arguments of `image_classification`.
 
     Raises:
       ValueError: the name is unknown.

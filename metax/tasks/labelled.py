@@ -19,12 +19,12 @@ from metax.tasks.supervised import (
     stop_statistics,
 )
 
-__all__ = ["classification"]
+__all__ = ["image_classification"]
 
 Augment = Callable[[Split, jax.Array], Split]
 
 
-def classification(
+def image_classification(
     model: Any,
     example: Any,
     *,
@@ -74,10 +74,10 @@ def classification(
     Example:
       >>> import jax, optax
       >>> from metax import inner_loop, unroll
-      >>> from metax.tasks import Linear, classification, load, normalization
+      >>> from metax.tasks import Linear, image_classification, load, normalization
       >>> data = load("digits")
       >>> mean, std = normalization("digits")
-      >>> task = classification(
+      >>> task = image_classification(
       ...     Linear(10), data.train.image[0], batch_size=64, mean=mean, std=std
       ... )
       >>> loop = inner_loop(task, optax.sgd(0.1))
@@ -86,15 +86,17 @@ def classification(
       >>> bool(task.evaluate(state.params, data.test)["accuracy"] > 0.9)
       True
     """
-    x_init = jnp.zeros((1, *image_shape(example, "classification")), jnp.float32)
-    mean, std = check_scale(mean, std, "classification")
+    x_init = jnp.zeros((1, *image_shape(example, "image_classification")), jnp.float32)
+    mean, std = check_scale(mean, std, "image_classification")
     if batch_size is not None and batch_size < 1:
         raise ValueError(
-            "`classification(batch_size=...)` must be at least 1, or None; "
+            "`image_classification(batch_size=...)` must be at least 1, or None; "
             f"got {batch_size}."
         )
     if isinstance(l2, int | float) and l2 < 0:
-        raise ValueError(f"`classification(l2=...)` must be at least 0; got {l2}.")
+        raise ValueError(
+            f"`image_classification(l2=...)` must be at least 0; got {l2}."
+        )
 
     def forward(params: Any, image: jax.Array, key: jax.Array) -> tuple[Any, Any]:
         """Logits and the collections that a training pass changes."""
@@ -104,7 +106,7 @@ def classification(
         return model.apply(params, x, train=True, mutable=mutable, rngs=rngs)
 
     def init(key: jax.Array) -> Any:
-        check_key(key, "classification(...).init(key=...)")
+        check_key(key, "image_classification(...).init(key=...)")
         return model.init(key, x_init, train=False)
 
     def sample(data: Split, key: jax.Array) -> Split:

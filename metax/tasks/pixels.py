@@ -1,8 +1,8 @@
 """Classification of images with pixels in [0, 1], in batches without repetition.
 
-Beside `classification`: the data is a dict, the parameters of a model without running
-statistics are its weights alone, and nothing is subtracted from the pixels. So the
-published training problems of learned optimizers have it.
+Beside `image_classification`: the data is a dict, the parameters of a model without
+running statistics are its weights alone, and nothing is subtracted from the pixels. So
+the published training problems of learned optimizers have it.
 """
 
 from collections.abc import Mapping
@@ -28,8 +28,8 @@ def pixel_classification(
         L(θ, batch, key) = mean_i [-log softmax(f_θ(x_i))_{y_i}]
 
     The parameters are the model's `"params"`; with batch norm they are all its
-    variables, and as in `classification` the gradient stops at the statistics, which
-    `Task.carry` writes.
+    variables, and as in `image_classification` the gradient stops at the statistics,
+    which `Task.carry` writes.
 
     Args:
       model: a flax.linen module, `model.apply(variables, x, train=...) -> logits`.

@@ -77,14 +77,14 @@ def test_ratios_of_a_gan_are_zero_until_both_parts_are_there():
         gradient_rms=jnp.array([0.0, 2.0]),
         extras={name: jnp.array(1.0) for name in GAN},
     )
-    x = jax.jit(features.update)((), seen)[1]
+    x = jax.jit(features.update)(features.init()[0], seen)[1]
     assert x.tolist() == [0.1, 2.0, 0.0, 0.0, 2.0, 0.0, 0.0, 1.0, 1.0]
 
 
 def test_a_missing_name_is_refused_with_the_function_that_should_give_it():
     features = paper(2, kind="gan")
     with pytest.raises(ValueError, match="'inception_score' in the problem's `observe"):
-        jax.eval_shape(features.update, (), observation())
+        jax.eval_shape(features.update, features.init()[0], observation())
 
 
 def test_papers_features_are_described_by_their_arguments():

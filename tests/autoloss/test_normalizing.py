@@ -15,7 +15,7 @@ def losses_alone():
 
 def statistics(state):
     """Mean and variance of each entry."""
-    return np.stack([state.mean, state.squares / state.count])
+    return np.stack([state.mean, state.variance])
 
 
 def test_statistics_are_mean_and_variance_of_what_was_seen():
@@ -61,6 +61,31 @@ def test_merged_statistics_are_those_of_one_run_that_saw_it_all():
     jax.tree.map(np.testing.assert_array_equal, merged.inner, before.inner)
 
 
+def test_a_long_training_in_single_precision_keeps_its_statistics():
+    single = lambda tree: jax.tree.map(
+        lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, tree
+    )
+    plain = custom(
+        lambda seen: seen.losses.astype(jnp.float32), name="single", version=1, size=2
+    )
+    features = running_norm(plain)
+    before = single(features.init()[0])._replace(
+        count=jnp.int32(2**30), mean=jnp.full(2, 2.0, jnp.float32)
+    )
+    before = before._replace(variance=jnp.ones(2, jnp.float32))
+
+    @jax.jit
+    def run(before, seen):
+        step = lambda state, o: (single(features.update(state, o)[0]), None)
+        after, _ = jax.lax.scan(step, before, seen)
+        return features.merge(before, jax.tree.map(lambda x: x[None], after))
+
+    merged = run(before, single(script(200)))
+    assert int(merged.count) == 2**30 + 200
+    # 200 further ones move nothing that single precision, 1e-7, can tell
+    np.testing.assert_allclose(statistics(merged), [[2, 2], [1, 1]], rtol=1e-6)
+
+
 def test_merging_runs_that_saw_nothing_changes_nothing():
     features = running_norm(losses_alone())
     fresh = features.init()[0]
@@ -89,7 +114,7 @@ def test_a_new_run_keeps_statistics_and_forgets_the_run():
     assert not bool(fresh.inner.seen)
     # the first vector is normalised and not counted
     raw = np.array(released("regression").init()[1])
-    expected = (raw - state.mean) / np.sqrt(state.squares / 20)
+    expected = (raw - state.mean) / np.sqrt(state.variance)
     np.testing.assert_allclose(x, np.clip(expected, -5, 5), rtol=1e-10)
 
 
@@ -100,7 +125,7 @@ def test_frozen_statistics_do_not_move():
     seen = observation(losses=jnp.array([2.0, 3.0]))
     after, x = jax.jit(still.update)(state, seen)
     jax.tree.map(np.testing.assert_array_equal, after, state)
-    expected = (np.array([2.0, 3.0]) - state.mean) / np.sqrt(state.squares / 20)
+    expected = (np.array([2.0, 3.0]) - state.mean) / np.sqrt(state.variance)
     np.testing.assert_allclose(x, expected, rtol=1e-10)
     assert still.spec == features.spec
     assert frozen(still) is still

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from metax.autoloss.vectors import custom, validation_loss
+from metax.autoloss.vectors import custom, remembering, validation_loss
 from tests.autoloss.observations import observation
 
 
@@ -56,3 +56,24 @@ def test_the_validation_loss_is_the_given_one_else_the_metric(extras, expected):
     extras = {name: jnp.array(value) for name, value in extras.items()}
     seen = observation(metric=jnp.array(7.0), extras=extras)
     assert float(validation_loss(seen)) == expected
+
+
+def test_what_is_remembered_stays_between_refreshes():
+    """A run gives zeros there; a name that it does not give is not made up."""
+    plain = custom(
+        lambda seen: jnp.stack([seen.extras["a"], seen.extras.get("b", jnp.nan)]),
+        name="mine", version=1, size=2,
+    )  # fmt: skip
+    features = remembering(plain, {"a": 7.0, "b": 5.0})
+    see = lambda a, refreshed: observation(
+        extras={"a": jnp.array(a)}, metric_refreshed=jnp.array(refreshed)
+    )
+    state, _ = features.init()
+    shown = []
+    for a, refreshed in ((0.0, False), (2.0, True), (0.0, False), (3.0, True)):
+        state, x = features.update(state, see(a, refreshed))
+        shown.append(x)
+    assert [float(x[0]) for x in shown] == [7, 2, 2, 3]
+    assert jnp.isnan(jnp.stack(shown)[:, 1]).all()
+    state, x = features.update(features.reset(state)[0], see(0.0, False))
+    assert float(x[0]) == 7

@@ -5,7 +5,16 @@ import sys
 import numpy as np
 import pytest
 
-from metax.tasks import Dataset, Split, data, load, normalization
+from metax.tasks import (
+    Dataset,
+    FiveWay,
+    Split,
+    controller_data,
+    data,
+    load,
+    normalization,
+    task_data,
+)
 
 SETS = {
     "mnist": (60000, 10000, (28, 28, 1)),
@@ -212,3 +221,9 @@ def test_import_pulls_in_no_data_package():
     )
     heavy = {"tensorflow_datasets", "sklearn", "tensorflow", "array_record", "PIL"}
     assert heavy & set(out.stdout.split()) == set()
+
+
+def test_a_controller_and_the_task_it_guides_share_no_data():
+    splits = FiveWay("a", "b", "c", "d", "e")
+    assert controller_data(splits) == {"train": "a", "valid": "b"}
+    assert task_data(splits) == {"train": "c", "valid": "d", "test": "e"}

@@ -12,9 +12,9 @@ from metax.tasks import (
     BatchNorm,
     Linear,
     Split,
-    classification,
     crop_and_flip,
     epochs,
+    image_classification,
     load,
     normalization,
 )
@@ -70,7 +70,7 @@ def in_double(params):
 
 def test_loss_of_softmax_regression_equals_the_formula():
     batch, l2 = random_split(5), 0.1
-    task = classification(Linear(3), (4, 4, 1), mean=100.0, std=50.0, l2=l2)
+    task = image_classification(Linear(3), (4, 4, 1), mean=100.0, std=50.0, l2=l2)
     params = in_double(task.init(KEY))
     layer = {k: np.asarray(v) for k, v in params["params"]["Dense_0"].items()}
     x = ((np.asarray(batch.image, float) - 100.0) / 50.0).reshape(5, 16)
@@ -87,7 +87,8 @@ def test_loss_of_softmax_regression_equals_the_formula():
 def test_gradient_of_the_penalty_is_l2_times_every_parameter():
     batch = random_split(5)
     plain, penalised = (
-        classification(SmallNorm(), (4, 4, 1), std=100.0, l2=l2) for l2 in (0.0, 0.1)
+        image_classification(SmallNorm(), (4, 4, 1), std=100.0, l2=l2)
+        for l2 in (0.0, 0.1)
     )
     params = plain.init(KEY)
     gradients = [
@@ -110,7 +111,7 @@ def test_weight_decay_before_the_rule_sees_the_gradient_of_the_penalty():
         (0.1, optax.sgd(0.5)),
         (0.0, optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.5))),
     ]:
-        task = classification(Linear(3), (4, 4, 1), std=100.0, l2=l2)
+        task = image_classification(Linear(3), (4, 4, 1), std=100.0, l2=l2)
         loop = inner_loop(task, rule)
         states.append(jax.jit(loop.step)(loop.init(KEY), KEY, batch)[0].params)
     # float32 steps, summed in another order
@@ -120,8 +121,8 @@ def test_weight_decay_before_the_rule_sees_the_gradient_of_the_penalty():
 def test_mean_and_std_apply_to_each_channel():
     batch = random_split(4, (4, 4, 2))
     mean, std = np.array([10.0, 200.0]), np.array([5.0, 50.0])
-    task = classification(Linear(3), (4, 4, 2), mean=mean, std=std)
-    plain = classification(Linear(3), (4, 4, 2))
+    task = image_classification(Linear(3), (4, 4, 2), mean=mean, std=std)
+    plain = image_classification(Linear(3), (4, 4, 2))
     params = task.init(KEY)
     scaled = batch._replace(image=(batch.image - mean) / std)
     np.testing.assert_allclose(
@@ -132,7 +133,7 @@ def test_mean_and_std_apply_to_each_channel():
 @pytest.mark.parametrize("num", [7, 1000, 2003])
 def test_evaluation_in_chunks_equals_that_of_the_whole(num):
     data = random_split(num)
-    task = classification(Linear(3), (4, 4, 1), mean=127.0, std=70.0, l2=1.0)
+    task = image_classification(Linear(3), (4, 4, 1), mean=127.0, std=70.0, l2=1.0)
     params = task.init(KEY)
     metrics = jax.jit(task.evaluate)(params, data)
     x = (data.image.astype(jnp.float64) - 127.0) / 70.0
@@ -149,7 +150,7 @@ def test_evaluation_needs_no_memory_for_all_activations_at_once():
         jax.ShapeDtypeStruct((10_000, 8, 8, 1), jnp.uint8),
         jax.ShapeDtypeStruct((10_000,), jnp.int32),
     )
-    task = classification(MLP(10, widths=(512,)), (8, 8, 1))
+    task = image_classification(MLP(10, widths=(512,)), (8, 8, 1))
     params = jax.eval_shape(task.init, KEY)
     compiled = jax.jit(task.evaluate).lower(params, data).compile()
     hidden_bytes = 10_000 * 512 * 4
@@ -159,7 +160,7 @@ def test_evaluation_needs_no_memory_for_all_activations_at_once():
 def test_softmax_regression_learns_the_digits():
     data = load("digits")
     mean, std = normalization("digits")
-    task = classification(Linear(10), data.train.image[0], mean=mean, std=std)
+    task = image_classification(Linear(10), data.train.image[0], mean=mean, std=std)
     loop = epochs(
         inner_loop(task, optax.sgd(0.5)),
         128,
@@ -177,16 +178,16 @@ def test_softmax_regression_learns_the_digits():
 
 
 def test_model_without_state_has_no_carry():
-    assert classification(Linear(3), (4, 4, 1)).carry is None
-    assert classification(SmallDropout(), (4, 4, 1)).carry is None
-    assert classification(SmallNorm(), (4, 4, 1)).carry is not None
+    assert image_classification(Linear(3), (4, 4, 1)).carry is None
+    assert image_classification(SmallDropout(), (4, 4, 1)).carry is None
+    assert image_classification(SmallNorm(), (4, 4, 1)).carry is not None
 
 
 @pytest.mark.parametrize(
     ("model", "state"), [(SmallNorm(), "batch_stats"), (Centred(), "statistics")]
 )
 def test_no_gradient_reaches_the_state(model, state):
-    task = classification(model, (4, 4, 1), std=100.0, l2=0.1)
+    task = image_classification(model, (4, 4, 1), std=100.0, l2=0.1)
     gradient = jax.jit(jax.grad(task.loss))(task.init(KEY), random_split(5), KEY)
     assert optax.tree.norm(gradient[state]) == 0
     assert optax.tree.norm(gradient["params"]) > 0
@@ -194,7 +195,7 @@ def test_no_gradient_reaches_the_state(model, state):
 
 def test_a_step_writes_the_statistics_of_its_batch_whatever_the_rule_does():
     model, batch = SmallNorm(), random_split(5)
-    task = classification(model, (4, 4, 1), mean=127.0, std=70.0)
+    task = image_classification(model, (4, 4, 1), mean=127.0, std=70.0)
     rule = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1))
     loop = inner_loop(task, rule)
     state = loop.init(KEY)
@@ -212,7 +213,9 @@ def test_a_step_writes_the_statistics_of_its_batch_whatever_the_rule_does():
 
 def test_state_keeps_shapes_and_dtypes_in_a_scan():
     batch = random_split(5)
-    loop = inner_loop(classification(SmallNorm(), (4, 4, 1), std=100.0), optax.sgd(0.1))
+    loop = inner_loop(
+        image_classification(SmallNorm(), (4, 4, 1), std=100.0), optax.sgd(0.1)
+    )
     state, infos = unroll(loop, loop.init(KEY), jax.random.split(KEY, 3), batch)
     assert infos.is_finite.all()
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {np.dtype("float32")}
@@ -220,7 +223,7 @@ def test_state_keeps_shapes_and_dtypes_in_a_scan():
 
 @pytest.mark.parametrize("seeds", [None, 2])
 def test_carry_shares_the_forward_pass_of_the_loss(seeds):
-    task = classification(SmallNorm(), (8, 8, 3), std=100.0, l2=1e-4)
+    task = image_classification(SmallNorm(), (8, 8, 3), std=100.0, l2=1e-4)
     batch = Split(
         jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.uint8),
         jax.ShapeDtypeStruct((16,), jnp.int32),
@@ -240,7 +243,8 @@ def test_carry_shares_the_forward_pass_of_the_loss(seeds):
 
 
 def test_dropout_follows_the_key_of_the_loss():
-    task, batch = classification(SmallDropout(), (4, 4, 1), std=100.0), random_split(5)
+    task = image_classification(SmallDropout(), (4, 4, 1), std=100.0)
+    batch = random_split(5)
     params = task.init(KEY)
     first, again = (task.loss(params, batch, KEY) for _ in range(2))
     assert first == again
@@ -249,7 +253,7 @@ def test_dropout_follows_the_key_of_the_loss():
 
 def augmented_vgg16_loop():
     mean, std = normalization("imagenet")
-    task = classification(
+    task = image_classification(
         VGG16(10, scale=1 / 64),
         (32, 32, 3),
         batch_size=4,
@@ -282,13 +286,13 @@ def test_vgg16_takes_a_finite_step_on_augmented_images():
 
 def test_without_a_batch_size_the_data_are_the_batch():
     data = random_split(5)
-    batch = classification(Linear(3), (4, 4, 1)).sample(data, KEY)
+    batch = image_classification(Linear(3), (4, 4, 1)).sample(data, KEY)
     assert batch is data
 
 
 def test_with_a_batch_size_rows_are_drawn():
     data = random_split(50)
-    batch = classification(Linear(3), (4, 4, 1), batch_size=7).sample(data, KEY)
+    batch = image_classification(Linear(3), (4, 4, 1), batch_size=7).sample(data, KEY)
     assert batch.image.shape == (7, 4, 4, 1)
     rows = {(bytes(np.asarray(i)), int(y)) for i, y in zip(*data, strict=True)}
     assert {(bytes(np.asarray(i)), int(y)) for i, y in zip(*batch, strict=True)} <= rows
@@ -297,8 +301,8 @@ def test_with_a_batch_size_rows_are_drawn():
 def test_augmentation_acts_on_samples_and_not_on_evaluation():
     data = random_split(6)
     dark = lambda batch, key: batch._replace(image=0 * batch.image)
-    task = classification(Linear(3), (4, 4, 1), augment=dark)
-    plain = classification(Linear(3), (4, 4, 1))
+    task = image_classification(Linear(3), (4, 4, 1), augment=dark)
+    plain = image_classification(Linear(3), (4, 4, 1))
     assert task.sample(data, KEY).image.max() == 0
     params = task.init(KEY)
     assert task.evaluate(params, data) == plain.evaluate(params, data)
@@ -311,26 +315,31 @@ def test_augmentation_acts_on_samples_and_not_on_evaluation():
     "example", [(4, 4, 1), np.zeros((4, 4, 1)), random_split(2)[0]]
 )
 def test_example_is_a_shape_an_image_or_a_batch(example):
-    params = jax.eval_shape(classification(Linear(3), example).init, KEY)
+    params = jax.eval_shape(image_classification(Linear(3), example).init, KEY)
     assert params["params"]["Dense_0"]["kernel"].shape == (16, 3)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"batch_size": 0}, r"`classification\(batch_size=...\)`.*got 0"),
-        ({"l2": -1e-4}, r"`classification\(l2=...\)`.*got -0.0001"),
-        ({"std": 0.0}, r"`classification\(std=...\)` must be above 0"),
-        ({"std": np.array([1.0, np.nan])}, r"`classification\(std=...\)`"),
-        ({"example": (28, 28)}, r"`classification\(example=...\)`.*\(28, 28\)"),
-        ({"example": np.zeros(784)}, r"`classification\(example=...\)`.*\(784,\)"),
+        ({"batch_size": 0}, r"`image_classification\(batch_size=...\)`.*got 0"),
+        ({"l2": -1e-4}, r"`image_classification\(l2=...\)`.*got -0.0001"),
+        ({"std": 0.0}, r"`image_classification\(std=...\)` must be above 0"),
+        ({"std": np.array([1.0, np.nan])}, r"`image_classification\(std=...\)`"),
+        ({"example": (28, 28)}, r"`image_classification\(example=...\)`.*\(28, 28\)"),
+        (
+            {"example": np.zeros(784)},
+            r"`image_classification\(example=...\)`.*\(784,\)",
+        ),
     ],
 )
 def test_bad_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        classification(Linear(3), **{"example": (4, 4, 1), **kwargs})
+        image_classification(Linear(3), **{"example": (4, 4, 1), **kwargs})
 
 
 def test_raw_keys_are_refused():
-    with pytest.raises(ValueError, match=r"classification\(...\).init\(key=...\)"):
-        classification(Linear(3), (4, 4, 1)).init(jax.random.PRNGKey(0))
+    with pytest.raises(
+        ValueError, match=r"image_classification\(...\).init\(key=...\)"
+    ):
+        image_classification(Linear(3), (4, 4, 1)).init(jax.random.PRNGKey(0))
