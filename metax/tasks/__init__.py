@@ -1,6 +1,13 @@
 """Problems to train on: data sets, models, and the tasks made of them."""
 
-from metax.tasks import classification, optimizees, regression, ridge_solutions
+from metax.tasks import (
+    classification,
+    gan,
+    optimizees,
+    regression,
+    ridge_solutions,
+    translation,
+)
 from metax.tasks.augmentation import crop_and_flip
 from metax.tasks.batching import EpochInfo, epochs, minibatch
 from metax.tasks.colour import colour_jitter
@@ -99,6 +106,7 @@ __all__ = [
     "dropconnect_mask",
     "dropout",
     "epochs",
+    "gan",
     "hold_out",
     "horizontal_flip",
     "image_classification",
@@ -128,6 +136,7 @@ __all__ = [
     "synthetic_text",
     "task_data",
     "transform_images",
+    "translation",
     "two_layer_regression",
     "word_mask",
 ]

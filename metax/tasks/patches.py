@@ -8,6 +8,7 @@ over weights it becomes a grouped convolution, slower still. On other backends t
 convolution is the fast one.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -80,7 +81,9 @@ def max_pool(x: jax.Array, size: int) -> jax.Array:
     """The maximum of each `size` × `size` square; what is left at the end is dropped.
 
     By reshaping: the gradient of a windowed maximum (`nn.max_pool`) is a scatter, slow
-    on a CPU, and slower the second time.
+    on a CPU, and slower the second time. And by maxima of two: the gradient of a
+    reduction divides by how often the maximum is found again, which is never where XLA
+    computes an entry twice and rounds it differently; that was NaN.
 
     Args:
       x: [batch, height, width, channels].
@@ -103,7 +106,9 @@ def max_pool(x: jax.Array, size: int) -> jax.Array:
     batch, height, width, channels = x.shape
     rows, columns = height // size, width // size
     x = x[:, : rows * size, : columns * size]
-    return x.reshape(batch, rows, size, columns, size, channels).max((2, 4))
+    x = x.reshape(batch, rows, size, columns, size, channels)
+    x = functools.reduce(jnp.maximum, [x[:, :, i] for i in range(size)])
+    return functools.reduce(jnp.maximum, [x[:, :, :, j] for j in range(size)])
 
 
 def convolve_gray(

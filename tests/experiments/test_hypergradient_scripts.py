@@ -82,12 +82,12 @@ def test_hdm(tmp_path):
 
 
 def test_cifar_runs_and_resumes(tmp_path, monkeypatch):
-    """On ten random images written in the format of the published files."""
+    """On twenty random images written in the format of the published files."""
     rng = np.random.default_rng(0)
     raw = tmp_path / "raw"
     raw.mkdir()
     for name in (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"):
-        records = rng.integers(0, 256, (2, 3073), np.uint8)
+        records = rng.integers(0, 256, (4, 3073), np.uint8)
         records[:, 0] %= 10
         (raw / name).write_bytes(records.tobytes())
     prepare_data.prepare("cifar10", raw, tmp_path / "data")
@@ -96,7 +96,7 @@ def test_cifar_runs_and_resumes(tmp_path, monkeypatch):
         "--width",
         "0.05",
         "--batch-size",
-        "5",
+        "10",
         "--data-dir",
         str(tmp_path / "data"),
     ]

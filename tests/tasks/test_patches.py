@@ -129,6 +129,29 @@ def test_on_the_cpu_auto_is_the_matrix_product(monkeypatch):
     assert "conv_general" in program()
 
 
+def test_gradient_of_max_pool_does_not_compare_what_was_computed_twice():
+    """Behind a normalisation that is fused into two programs, rounded differently."""
+
+    def loss(x, kernel):
+        conv = lambda x: jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y = conv(x)
+        spread = jnp.square(y - y.mean((0, 1, 2))).mean((0, 1, 2))
+        y = (y - y.mean((0, 1, 2))) * jax.lax.rsqrt(spread + 1e-5)
+        return jnp.sum(jnp.sin(conv(max_pool(y, 2))))
+
+    x = jax.random.normal(jax.random.key(0), (10, 32, 32, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, 3))
+    grads = {
+        dtype: jax.jit(jax.grad(loss))(x.astype(dtype), kernel.astype(dtype))
+        for dtype in (jnp.float32, jnp.float64)
+    }
+    error = jnp.abs(grads[jnp.float32] - grads[jnp.float64]).max()
+    # sums of some thousand products in single precision
+    assert error < 1e-4 * jnp.abs(grads[jnp.float64]).max()
+
+
 @pytest.mark.parametrize(("size", "shape"), [(2, (7, 6)), (3, (6, 8)), (1, (2, 2))])
 def test_max_pool_is_the_windowed_maximum(size, shape):
     x = jax.random.normal(KEY, (2, *shape, 3))
