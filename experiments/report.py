@@ -19,6 +19,7 @@ import numpy as np
 
 from experiments import (
     sections_amalgamation,
+    sections_autoloss,
     sections_cost,
     sections_images,
     sections_large,
@@ -301,6 +302,7 @@ SECTIONS = {
         "Optimizer amalgamation: time and memory",
         sections_optimizers.benchmark,
     ),
+    **sections_autoloss.SECTIONS,
 }
 
 

@@ -1,7 +1,6 @@
 """Every Loop through one battery: what the harness and its users rely on."""
 
 import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -74,12 +73,6 @@ def test_vmap_over_seeds_equals_single_runs(name):
         chex.assert_trees_all_close(mine, alone, rtol=1e-9)
 
 
-def same_compiler() -> dict[str, str]:
-    """The environment for a process that is to compile as this one does."""
-    quick = jax.config.read("jax_disable_most_optimizations")
-    return {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(quick))}
-
-
 def test_keys_decide_everything(name):
     loop, data = LOOPS[name].build(), LOOPS[name].data()
     run = lambda seed: digest(train(loop, data, jax.random.key(seed), 2)[0])
@@ -103,7 +96,7 @@ def test_resumed_in_a_new_process_equals_uninterrupted_bit_for_bit(name, tmp_pat
     run_until(name, tmp_path / "parts", NUM_STEPS // 2)
     command = [sys.executable, "-W", "error", "-m", "tests.test_loops", name]
     done = subprocess.run(
-        [*command, str(tmp_path / "parts")], env=same_compiler(),
+        [*command, str(tmp_path / "parts")],
         cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
