@@ -1,8 +1,8 @@
 """Who may import whom, and what no room below the harness may do, read by `ast`.
 
-The floors: `base` and `artifact` below; the methods, `tasks` and `harness` side by side
-above them, none importing another; experiments, benchmarks and tests on top. The tables
-here are the rule, and a new package is a new row.
+The floors: `base`, `problems`, `artifact` and `arguments` below; the methods, `tasks`
+and `harness` side by side above them, none importing another; experiments, benchmarks
+and tests on top. The tables here are the rule, and a new package is a new row.
 """
 
 import ast
@@ -36,9 +36,10 @@ def floor(metax: str = "", anywhere: str = "", inside: str = "") -> Floor:
     return Floor(*(frozenset(names.split()) for names in (metax, anywhere, inside)))
 
 
-METHOD = floor("base artifact", "jax optax flax")
+METHOD = floor("arguments base artifact", "jax optax flax")
 FLOORS = {
     "__init__": floor("base amalgamation autoloss hypergradient implicit stn"),
+    "arguments": floor("", "jax"),
     "base": floor("problems", "jax optax"),
     "problems": floor("", "jax optax"),
     "artifact": floor("", "jax optax", inside="safetensors"),

@@ -13,11 +13,11 @@ import jax
 import optax
 
 from metax.amalgamation import teachers
-from metax.amalgamation.arguments import refuse
 from metax.amalgamation.choosing import choice
 from metax.amalgamation.hierarchical import scale
 from metax.amalgamation.policies import LearnedOptimizer, l2l, rnnprop
 from metax.amalgamation.warmup import with_warmup
+from metax.arguments import refuse
 from metax.artifact import (
     ArtifactError,
     fit_arrays,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metax.amalgamation.arguments import check_number
+from metax.arguments import check_number
 
 __all__ = ["clip_by_weight_norm", "frobenius_norm", "weight_norm_bound"]
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metax.amalgamation.arguments import check_number, refuse
+from metax.arguments import check_number, refuse
 from metax.base import Params
 
 __all__ = [

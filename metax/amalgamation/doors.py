@@ -8,8 +8,8 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from metax.amalgamation.arguments import check_at_least, check_one_of
 from metax.amalgamation.coordinates import all_finite
+from metax.arguments import check_at_least, check_one_of
 
 __all__ = [
     "check_differentiable",

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metax.amalgamation.arguments import check_number
 from metax.amalgamation.coordinates import (
     dense,
     features_dtype,
@@ -21,6 +20,7 @@ from metax.amalgamation.coordinates import (
     unflatten,
 )
 from metax.amalgamation.policies import LearnedOptimizer, freeze
+from metax.arguments import check_number
 
 __all__ = ["ScaleState", "Tiers", "scale"]
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metax.amalgamation.arguments import check_at_least
 from metax.amalgamation.coordinates import features_dtype, flatten
 from metax.amalgamation.doors import check_differentiable_student
 from metax.amalgamation.estimators import Carry, bptt, over_tasks
@@ -21,6 +20,7 @@ from metax.amalgamation.states import (
     show,
 )
 from metax.amalgamation.truncation import Measured, Optimizee, draw, scan_steps
+from metax.arguments import check_at_least
 from metax.base import Loop, Task, check_key, truncate
 
 __all__ = ["imitate"]

@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.amalgamation.arguments import check_at_least, check_one_of
 from metax.amalgamation.states import DUE, AmalgamationState
 from metax.amalgamation.validation import Gate
+from metax.arguments import check_at_least, check_one_of
 from metax.base import Loop, check_key, unroll
 
 __all__ = [

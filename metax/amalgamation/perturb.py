@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metax.amalgamation.arguments import check_number, check_one_of, refuse
 from metax.amalgamation.clipping import frobenius_norm
+from metax.arguments import check_number, check_one_of, refuse
 from metax.base import Params, check_key
 
 __all__ = ["Perturbation", "adversarial", "gaussian", "none"]

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metax.amalgamation.arguments import check_number, check_one_of
 from metax.amalgamation.coordinates import features_dtype
+from metax.arguments import check_number, check_one_of
 
 __all__ = [
     "MomentsState",

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.amalgamation.arguments import check_at_least
 from metax.amalgamation.policies import LearnedOptimizer
 from metax.amalgamation.restarts import restarts
 from metax.amalgamation.truncation import Optimizee, start_losses, student_objective
 from metax.amalgamation.warmup import with_warmup
+from metax.arguments import check_at_least
 from metax.base import Task, check_key, inner_loop
 
 __all__ = ["Gate", "long_horizon_gate", "validation_loss"]

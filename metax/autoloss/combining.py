@@ -12,7 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from metax.autoloss.arguments import refuse
+from metax.arguments import refuse
 from metax.autoloss.vectors import as_float
 from metax.base import Action, AlternatingProblem
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.autoloss.arguments import check_at_least, check_number, refuse
+from metax.arguments import check_count, check_number, refuse
 from metax.autoloss.decisions import Decision, Observation, Policy
 from metax.autoloss.vectors import Features, FeatureState
 from metax.base import check_key
@@ -125,7 +125,7 @@ def controller(
       >>> jax.nn.softmax(small.logits(phi, jnp.zeros(5))).tolist()
       [0.5, 0.5]
     """
-    check_at_least("controller", 1, num_actions=num_actions)
+    check_count("controller", 1, num_actions=num_actions)
     check_number("controller", "temperature", temperature, above=0)
     hidden, critic = _sizes("hidden", hidden), None
     if critic_hidden is not None:
@@ -169,7 +169,7 @@ def context_free(num_actions: int, temperature: float = 1.0) -> Controller:
     Raises:
       ValueError: no action, or a temperature that is not above 0.
     """
-    check_at_least("context_free", 1, num_actions=num_actions)
+    check_count("context_free", 1, num_actions=num_actions)
     check_number("context_free", "temperature", temperature, above=0)
 
     def init(key: jax.Array, num_features: int) -> Phi:
@@ -260,7 +260,7 @@ def _name_of(activation: Activation) -> str | None:
 
 def _sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
     for size in sizes:
-        check_at_least("controller", 1, **{name: size})
+        check_count("controller", 1, **{name: size})
     return tuple(sizes)
 
 

@@ -8,7 +8,7 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from metax.autoloss.arguments import check_at_least, check_one_of
+from metax.arguments import check_count, check_one_of
 from metax.autoloss.dispatching import groups_of
 from metax.base import AlternatingProblem
 
@@ -39,9 +39,9 @@ def check_rollout(
       ValueError: naming function and argument, the rule and the value.
     """
     check_one_of(function, "dispatch", dispatch, ("mix", "switch"))
-    check_at_least(function, 1, num_steps=num_steps, chunk=chunk)
+    check_count(function, 1, num_steps=num_steps, chunk=chunk)
     if validate_every is not None:
-        check_at_least(function, 1, validate_every=validate_every)
+        check_count(function, 1, validate_every=validate_every)
     check_problem(problem, function)
     repeats = tuple(action.repeats for action in problem.actions)
     if dispatch == "mix" and len(set(repeats)) > 1:

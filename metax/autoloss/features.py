@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.autoloss.arguments import check_at_least, check_number, check_one_of, refuse
+from metax.arguments import check_count, check_number, check_one_of, refuse
 from metax.autoloss.decisions import Observation
 from metax.autoloss.normalizing import frozen, running_norm
 from metax.autoloss.published import released
@@ -102,8 +102,8 @@ def paper(
       >>> features.paper(2).spec.size, features.paper(3).spec.size
       (9, 11)
     """
-    check_at_least("paper", 1, num_losses=num_losses)
-    check_at_least("paper", 0, orders=orders)
+    check_count("paper", 1, num_losses=num_losses)
+    check_count("paper", 0, orders=orders)
     check_one_of("paper", "kind", kind, ("losses", "gan"))
     check_number("paper", "decay", decay, least=0, below=1)
     arguments = {

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from metax.arguments import refuse
 from metax.artifact import (
     ArtifactError,
     fit_arrays,
@@ -20,7 +21,6 @@ from metax.artifact import (
     write_arrays,
 )
 from metax.autoloss import features as feature_sets
-from metax.autoloss.arguments import refuse
 from metax.autoloss.controllers import (
     Controller,
     ControllerSpec,

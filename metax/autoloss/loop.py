@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import optax
 
-from metax.autoloss.arguments import check_at_least, check_number, check_one_of
+from metax.arguments import check_count, check_number, check_one_of
 from metax.autoloss.controllers import Controller
 from metax.autoloss.doors import check_rollout
 from metax.autoloss.features import Features
@@ -134,7 +134,7 @@ def autoloss(
     check_one_of("autoloss", "advantage", advantage, kinds)
     check_one_of("autoloss", "reduction", reduction, ("sum", "mean"))
     check_one_of("autoloss", "baseline_order", baseline_order, ("before", "after"))
-    check_at_least("autoloss", 1, num_rollouts=num_rollouts)
+    check_count("autoloss", 1, num_rollouts=num_rollouts)
     check_number("autoloss", "baseline_decay", baseline_decay, least=0, below=1)
     if advantage != "ema" and num_rollouts < 2 and estimator == "reinforce":
         raise ValueError(

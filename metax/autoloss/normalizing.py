@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.autoloss.arguments import check_number, refuse
+from metax.arguments import check_number, refuse
 from metax.autoloss.decisions import Observation
 from metax.autoloss.vectors import Features
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.autoloss.arguments import check_one_of
+from metax.arguments import check_one_of
 from metax.autoloss.controllers import Controller
 from metax.autoloss.rollouts import Trajectory
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.autoloss.arguments import check_number, check_one_of
+from metax.arguments import check_number, check_one_of
 from metax.autoloss.decisions import Observation
 from metax.autoloss.vectors import (
     Features,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.autoloss.arguments import check_at_least, check_number, refuse
+from metax.arguments import check_count, check_number, refuse
 from metax.autoloss.decisions import Observation
 
 __all__ = ["Restart", "any_of", "divergence", "identical_actions"]
@@ -63,7 +63,7 @@ def identical_actions(
       >>> identical_actions(limit=100).penalty
       -20.0
     """
-    check_at_least("identical_actions", 0, limit=limit)
+    check_count("identical_actions", 0, limit=limit)
     check_number("identical_actions", "penalty", penalty)
 
     def init() -> RepeatState:
@@ -103,8 +103,8 @@ def divergence(
     Raises:
       ValueError: an argument out of range.
     """
-    check_at_least("divergence", 0, loss=loss)
-    check_at_least("divergence", 1, at_step=at_step)
+    check_count("divergence", 0, loss=loss)
+    check_count("divergence", 1, at_step=at_step)
     check_number("divergence", "above", above)
     check_number("divergence", "penalty", penalty)
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.autoloss.arguments import check_at_least, check_number, check_one_of, refuse
+from metax.arguments import check_count, check_number, check_one_of, refuse
 from metax.autoloss.decisions import Observation
 from metax.autoloss.published import advance_improvement, no_improvement
 from metax.autoloss.vectors import as_float, validation_loss
@@ -158,7 +158,7 @@ def segment(
       3.0
     """
     check_one_of("segment", "form", form, ("safe", "paper", "released"))
-    check_at_least("segment", 1, history=history)
+    check_count("segment", 1, history=history)
     check_number("segment", "scale", scale)
     check_number("segment", "epsilon", epsilon, above=0)
     check_number("segment", "clip", clip, above=0)

@@ -10,7 +10,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from metax.autoloss.arguments import check_at_least, check_number, check_one_of, refuse
+from metax.arguments import check_count, check_number, check_one_of, refuse
 from metax.autoloss.decisions import Decision, Observation, Policy
 from metax.autoloss.vectors import as_float, validation_loss
 
@@ -31,7 +31,7 @@ def always(action: int) -> Policy:
     Raises:
       ValueError: a negative action.
     """
-    check_at_least("always", 0, action=action)
+    check_count("always", 0, action=action)
 
     def act(state: tuple[()], key: jax.Array) -> tuple[tuple[()], Decision]:
         return state, _decide(action)
@@ -63,7 +63,7 @@ def cycle(counts: tuple[int, ...]) -> Policy:
       [0, 1, 1, 0, 1, 1]
     """
     for count in counts:
-        check_at_least("cycle", 0, counts=count)
+        check_count("cycle", 0, counts=count)
     if sum(counts) == 0:
         refuse("cycle", "counts", "must count some action", counts)
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
@@ -144,7 +144,7 @@ def threshold(
     """
     check_one_of("threshold", "kind", kind, ("S1", "S2", "S3"))
     check_number("threshold", "th", th)
-    check_at_least("threshold", 0, main=main, auxiliary=auxiliary)
+    check_count("threshold", 0, main=main, auxiliary=auxiliary)
 
     def act(exceeded: jax.Array, key: jax.Array) -> tuple[jax.Array, Decision]:
         return exceeded, _decide(jnp.where(exceeded, auxiliary, main))
@@ -193,7 +193,7 @@ def phases(policies: tuple[Policy, ...], lengths: tuple[int, ...]) -> Policy:
         rule = f"must say how long each of {number} policies but the last goes on"
         refuse("phases", "lengths", rule, lengths)
     for length in lengths:
-        check_at_least("phases", 1, lengths=length)
+        check_count("phases", 1, lengths=length)
     ends = [sum(lengths[: i + 1]) for i in range(number - 1)]
 
     def init() -> tuple[jax.Array, tuple[Any, ...]]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metax.autoloss.arguments import check_at_least, check_number
+from metax.arguments import check_count, check_number
 from metax.autoloss.controllers import Controller, bind
 from metax.autoloss.decisions import Decision, Policy
 from metax.autoloss.dispatching import keep
@@ -303,8 +303,8 @@ def _check(learner: Learner, ppo: PPO) -> None:
         "num_updates": ppo.num_updates,
         "sync_every": ppo.sync_every,
     }
-    check_at_least("PPO", 1, **lengths)
-    check_at_least("PPO", ppo.segment_length, buffer_size=ppo.buffer_size)
+    check_count("PPO", 1, **lengths)
+    check_count("PPO", ppo.segment_length, buffer_size=ppo.buffer_size)
     check_number("PPO", "discount", ppo.discount, least=0)
     check_number("PPO", "clip", ppo.clip, above=0)
     if learner.num_steps % ppo.segment_length:

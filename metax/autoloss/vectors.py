@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.autoloss.arguments import check_at_least, check_one_of, refuse
+from metax.arguments import check_count, check_one_of, refuse
 from metax.autoloss.decisions import Observation
 
 __all__ = [
@@ -114,7 +114,7 @@ def custom(
     """
     if not isinstance(name, str) or not name or name in BUILT_IN:
         refuse("custom", "name", f"must be a word other than {BUILT_IN}", repr(name))
-    check_at_least("custom", 0, version=version)
+    check_count("custom", 0, version=version)
     spec = FeatureSpec(name, version, size, {}, refresh, observe_every)
     check_spec("custom", spec)
     start = lambda *_: ((), jnp.zeros(size))
@@ -181,10 +181,10 @@ def remembering(features: Features, initial: dict[str, float]) -> Features:
 
 def check_spec(function: str, spec: FeatureSpec) -> None:
     """Refuses a size, a refresh or a period that cannot be."""
-    check_at_least(function, 1, size=spec.size)
+    check_count(function, 1, size=spec.size)
     check_one_of(function, "refresh", spec.refresh, ("chosen", "all"))
     if spec.observe_every is not None:
-        check_at_least(function, 1, observe_every=spec.observe_every)
+        check_count(function, 1, observe_every=spec.observe_every)
 
 
 def keep_before(before: FeatureState, states: FeatureState) -> FeatureState:

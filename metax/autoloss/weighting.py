@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.autoloss.arguments import check_at_least, check_number
+from metax.arguments import check_count, check_number
 from metax.autoloss.decisions import Decision, Observation, Policy
 from metax.autoloss.vectors import as_float
 
@@ -222,8 +222,8 @@ def grad_norm(
 
 
 def _check(function: str, num_losses: int, action: int) -> None:
-    check_at_least(function, 1, num_losses=num_losses)
-    check_at_least(function, 0, action=action)
+    check_count(function, 1, num_losses=num_losses)
+    check_count(function, 0, action=action)
 
 
 def _weigh(action: int, weights: jax.Array) -> Decision:

@@ -2,7 +2,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from metax.autoloss.arguments import check_at_least, check_number, check_one_of
+from metax.arguments import (
+    check_at_least,
+    check_count,
+    check_number,
+    check_one_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,9 +40,22 @@ def test_traced_numbers_pass():
 @pytest.mark.parametrize("value", [0, 1.5, True, "2", None])
 def test_what_is_no_integer_large_enough_is_refused(value):
     with pytest.raises(ValueError, match=r"`make\(size=...\)` must be"):
-        check_at_least("make", 1, size=value)
+        check_count("make", 1, size=value)
 
 
 def test_an_unknown_word_is_answered_with_the_known_ones():
     with pytest.raises(ValueError, match='must be "a" or "b"; got \'c\''):
         check_one_of("make", "kind", "c", ("a", "b"))
+
+
+def test_a_least_value_is_itself_refused_where_values_must_be_above_it():
+    check_at_least("make", 0, scale=0.0)
+    with pytest.raises(
+        ValueError, match=r"scale=...\)` must be above 0; got 0.0"
+    ):
+        check_at_least("make", 0, below=True, scale=0.0)
+    with pytest.raises(
+        ValueError, match=r"scale=...\)` must be at least 0; got"
+    ):
+        check_at_least("make", 0, scale=-1.0)
+    assert jax.jit(lambda x: check_at_least("make", 5, scale=x))(1.0) is None

@@ -1,4 +1,4 @@
-"""How the parts of this package refuse an argument.
+"""How functions refuse an argument: by a `ValueError` that names rule and value.
 
 Values are looked at only where they are concrete: traced ones pass, so that a sweep
 over learning rates stays a vmap.
@@ -11,7 +11,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-__all__ = ["check_at_least", "check_number", "check_one_of", "refuse"]
+__all__ = ["check_at_least", "check_count", "check_number", "check_one_of", "refuse"]
 
 
 def check_number(
@@ -20,6 +20,7 @@ def check_number(
     value: Any,
     *,
     least: float | None = None,
+    most: float | None = None,
     above: float | None = None,
     below: float | None = None,
 ) -> None:
@@ -30,6 +31,7 @@ def check_number(
       name: the argument.
       value: what the caller passed; a traced scalar passes.
       least: the least value allowed.
+      most: the largest value allowed.
       above: what it must exceed.
       below: what it must stay below.
 
@@ -43,6 +45,7 @@ def check_number(
     number = float(value)
     rules = {
         f"at least {least}": least is None or number >= least,
+        f"at most {most}": most is None or number <= most,
         f"above {above}": above is None or number > above,
         f"below {below}": below is None or number < below,
         "finite": math.isfinite(number),
@@ -53,7 +56,7 @@ def check_number(
 
 
 def check_at_least(
-    function: str, least: int, *, below: bool = False, **values: Any
+    function: str, least: float, *, below: bool = False, **values: Any
 ) -> None:
     """Refuses concrete values under `least`, and at it where `below`."""
     for name, value in values.items():
@@ -61,10 +64,17 @@ def check_at_least(
             continue
         fine = value > least if below else value >= least
         if not fine:
-            rule = "above" if below else "at least"
-            raise ValueError(
-                f"`{function}({name}=...)` must be {rule} {least}; got {value}."
-            )
+            rule = f"must be {'above' if below else 'at least'} {least}"
+            refuse(function, name, rule, value)
+
+
+def check_count(function: str, least: int, **values: Any) -> None:
+    """Refuses what is no integer, and integers under `least`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            refuse(function, name, "must be an integer", repr(value))
+        if value.__index__() < least:
+            refuse(function, name, f"must be at least {least}", value)
 
 
 def check_one_of(
@@ -73,9 +83,9 @@ def check_one_of(
     """Refuses a word that is not among `allowed`."""
     if value not in allowed:
         words = " or ".join(f'"{word}"' for word in allowed)
-        raise ValueError(f"`{function}({name}=...)` must be {words}; got {value!r}.")
+        refuse(function, name, f"must be {words}", repr(value))
 
 
 def refuse(function: str, name: str, rule: str, got: Any) -> NoReturn:
-    """Raises the `ValueError` that every refusal of this package is."""
+    """Raises the `ValueError` that every refusal of an argument is."""
     raise ValueError(f"`{function}({name}=...)` {rule}; got {got}.")
