@@ -50,12 +50,8 @@ def test_an_unknown_word_is_answered_with_the_known_ones():
 
 def test_a_least_value_is_itself_refused_where_values_must_be_above_it():
     check_at_least("make", 0, scale=0.0)
-    with pytest.raises(
-        ValueError, match=r"scale=...\)` must be above 0; got 0.0"
-    ):
+    with pytest.raises(ValueError, match=r"scale=...\)` must be above 0; got 0.0"):
         check_at_least("make", 0, below=True, scale=0.0)
-    with pytest.raises(
-        ValueError, match=r"scale=...\)` must be at least 0; got"
-    ):
+    with pytest.raises(ValueError, match=r"scale=...\)` must be at least 0; got"):
         check_at_least("make", 0, scale=-1.0)
     assert jax.jit(lambda x: check_at_least("make", 5, scale=x))(1.0) is None
