@@ -20,15 +20,17 @@ from metax.autoloss import (
     guide,
     identical_actions,
     improvement,
+    load_controller,
     reinforce_loss,
     rollout,
+    save_controller,
     segment,
 )
 from metax.autoloss.rollouts import rollouts
 from metax.harness import NonFiniteError, train
 from tests.autoloss.toys import bandit, best_reward, two_groups, two_groups_data
 
-SEEN = features.paper(2)
+SEEN, KEY = features.paper(2), jax.random.key(0)
 
 
 def learn(problem, num_updates, seed=0, data=1.0, net=None, **options):
@@ -219,6 +221,29 @@ def test_guided_runs_repeat_rollouts_of_the_same_policy(dispatch):
         chex.assert_trees_all_close(mine, theirs, rtol=1e-12)
     assert infos.action[:steps].tolist() == trajectory.actions[:steps].tolist()
     assert infos.metric_refreshed.sum() == steps // 5
+
+
+def test_a_run_led_from_a_controller_file_repeats_bit_for_bit(tmp_path):
+    """Once by what was learned, twice by what was read from its file."""
+    net, seen = controller(3, hidden=(4,)), features.running_norm(features.paper(2))
+    problem, data = two_groups(), two_groups_data()
+    loop = autoloss(problem, net, features=seen, num_steps=10, num_rollouts=2)
+    state, _ = jax.jit(loop.step)(loop.init(KEY), KEY, data)
+    save_controller(
+        tmp_path / "mine", net, state.phi, seen, state.feature_state, problem
+    )
+
+    def led(controller, phi, features, feature_state):
+        policy = bind(controller, phi, frozen(features), feature_state)
+        run = guide(problem, policy, num_steps=12)
+        keys = jax.random.split(KEY, 12)
+        return jax.jit(lambda data: unroll(run, run.init(KEY), keys, data))(data)
+
+    saved = load_controller(tmp_path / "mine", problem=problem)
+    first, again = led(*saved[:4]), led(*saved[:4])
+    chex.assert_trees_all_equal(first, again)
+    chex.assert_trees_all_equal(first, led(net, state.phi, seen, state.feature_state))
+    assert len(set(first[1].action.tolist())) > 1
 
 
 def test_a_guided_run_stands_still_when_it_is_over():
