@@ -16,10 +16,23 @@ from metax.harness import NonFiniteError, record_run, replicate, train
 from tests.loops import LOOPS
 
 NUM_STEPS = 6
+# Each compiles for ten seconds and more in every test below.
+LARGE = {"amalgamation", "imitation", "autoloss", "autoloss_online"}
 
 
 @pytest.fixture(params=LOOPS)
 def name(request):
+    return request.param
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else [])
+        for name in LOOPS
+    ]
+)
+def small(request):
+    """For tests that large loops take only where there is time."""
     return request.param
 
 
@@ -47,8 +60,8 @@ def test_step_keeps_tree_shapes_dtypes_and_weak_types(name):
     assert signature(before) == signature(after)
 
 
-def test_scan_equals_steps(name):
-    loop, data = LOOPS[name].build(), LOOPS[name].data()
+def test_scan_equals_steps(small):
+    loop, data = LOOPS[small].build(), LOOPS[small].data()
     start = loop.init(jax.random.key(0))
     scanned, infos = unroll(loop, start, keys(), data)
     state, step, seen = start, jax.jit(loop.step), []
@@ -60,8 +73,8 @@ def test_scan_equals_steps(name):
     chex.assert_trees_all_close(stacked, infos, rtol=1e-12)
 
 
-def test_vmap_over_seeds_equals_single_runs(name):
-    loop, data = LOOPS[name].build(), LOOPS[name].data()
+def test_vmap_over_seeds_equals_single_runs(small):
+    loop, data = LOOPS[small].build(), LOOPS[small].data()
     several = replicate(loop, 2)
     key_init, key_step = jax.random.split(jax.random.key(3))
     together, _ = several.step(several.init(key_init), key_step, data)
@@ -73,8 +86,8 @@ def test_vmap_over_seeds_equals_single_runs(name):
         chex.assert_trees_all_close(mine, alone, rtol=1e-9)
 
 
-def test_keys_decide_everything(name):
-    loop, data = LOOPS[name].build(), LOOPS[name].data()
+def test_keys_decide_everything(small):
+    loop, data = LOOPS[small].build(), LOOPS[small].data()
     run = lambda seed: digest(train(loop, data, jax.random.key(seed), 2)[0])
     assert run(0) == run(0) != run(1)
 
@@ -113,6 +126,7 @@ def test_nonfinite_step_is_reported_and_stops_the_run(name):
         train(loop, poison, jax.random.key(0), NUM_STEPS)
 
 
+@pytest.mark.slow
 def test_replicates_sharded_over_devices_equal_vmapped():
     """All loops at once, in a process of its own that has eight virtual devices."""
     done = subprocess.run(

@@ -240,6 +240,7 @@ def test_no_nan_where_all_gradients_are_zero(rule):
     assert jax.grad(final)(1.0) == 0
 
 
+@pytest.mark.slow
 def test_sharded_over_eight_devices_equals_one():
     """All rules at once, in a process of its own that has eight virtual devices."""
     script = Path(__file__).with_name("sharded_rules.py")

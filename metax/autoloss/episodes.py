@@ -179,7 +179,8 @@ def episode(
     ) -> tuple[RunState, Record]:
         return _advance(rules, state, key_act, key_batch, data, look)
 
-    period = math.gcd(rules.observe_every, validate_every)
+    # a run that is shorter than the period must not be padded to its length
+    period = min(math.gcd(rules.observe_every, validate_every), num_steps)
     return Episode(start, prime, advance, period, validate_every)
 
 

@@ -67,6 +67,7 @@ def test_cards_say_what_a_user_must_know_and_the_gate_was_passed(name):
     assert "/" not in json.dumps(card.get("config", {})), "no path of a machine"
 
 
+@pytest.mark.slow
 def test_amalgamated_small_trains_a_users_network_far_beyond_its_training():
     """Check 24: 2,000 steps, three seeds, on the digits, nothing tuned."""
     (x, y), (x_test, y_test) = map(images, digits_data())

@@ -192,6 +192,7 @@ def test_a_rule_that_diverges_is_never_the_best():
     assert line["setting"] == 0.1
 
 
+@pytest.mark.slow
 def test_stability_of_two_replicates_resumes(tmp_path, monkeypatch):
     argv = [*LENGTHS, *JUDGED, "--depths", "1", "--weights", "0.1", "--remat", "none"]
     argv += ["--trajectories", "1", "--gaussian", "0.001", "--out", str(tmp_path)]

@@ -15,6 +15,7 @@ from experiments import demo
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_the_demo_gives_the_table_of_the_readme(tmp_path):
     # one test, and not four on a shared run, so that parallel workers run it once
     command = [sys.executable, "-m", "experiments.demo", "--out", str(tmp_path)]
@@ -31,6 +32,20 @@ def test_the_demo_gives_the_table_of_the_readme(tmp_path):
     assert "delta_stn: 100%" in result.stderr, "no progress was shown"
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert str(tmp_path) in result.stdout
+
+
+def test_every_part_of_the_demo_runs_when_it_is_short(tmp_path, monkeypatch, capsys):
+    """The table itself takes minutes: see the test above, which is slow."""
+    short = (
+        lambda: demo.hypergradient(num_epochs=1, num_seeds=2),
+        lambda: demo.regularisation(num_steps=2, num_seeds=2),
+        lambda: demo.schedule(num_updates=1, num_seeds=2),
+    )
+    monkeypatch.setattr(demo, "METHODS", short)
+    demo.main(["--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert len(rows) == 12
+    assert "autoloss" in capsys.readouterr().out
 
 
 def check_every_row_is_as_expected(rows, printed):

@@ -25,7 +25,9 @@ def summary_of(run):
     return json.loads((run / "summary.json").read_text())
 
 
-@pytest.mark.parametrize("setting", ["tuning", "grid"])
+@pytest.mark.parametrize(
+    "setting", ["tuning", pytest.param("grid", marks=pytest.mark.slow)]
+)
 def test_mnist(setting, tmp_path, capsys):
     argv = [*DIGITS, "--setting", setting, "--out", str(tmp_path / "run")]
     hypergradient_mnist.main(argv)
@@ -35,6 +37,7 @@ def test_mnist(setting, tmp_path, capsys):
     assert "adam_hd" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_mnist_resumes_at_the_first_method_that_is_missing(tmp_path):
     run = tmp_path / "run"
     hypergradient_mnist.main([*DIGITS, "--out", str(run)])

@@ -109,6 +109,7 @@ def test_searches_keep_to_their_budget_and_implicit_moves_the_decay(tmp_path):
     assert "random_equal" in "\n".join(sections_images.baselines(summary))
 
 
+@pytest.mark.slow
 def test_starts_are_where_dropout_starts_and_fixed_dropout_stays(tmp_path):
     run, starts = tmp_path / "run", ["--starts", "0.02", "0.6"]
     how = ["--num-seeds", "2", "--outer-rate", "0.001", *starts, "--out", str(run)]
