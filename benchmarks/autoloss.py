@@ -17,7 +17,8 @@ and backward on 200 rows and a tenth of a forward pass on 1000 (1.1 MF), or all 
 *Dispatch.* Three heads on a trunk of 64-256-256, batch 128: microseconds a step and
 run of "mix" under vmap, "switch" under vmap (the work of all branches), and "switch"
 run after run. Prediction by passes: vmapped switch takes three forward and backward
-passes where mix takes one and two more heads: 1.9 to 2.6 times.
+passes where mix takes one and two more heads: 1.9 to 2.6 times. Measured (RESULTS.md):
+wrong, mix is the slower one here. The true switch takes the least.
 
 *Training.* Regression, λ = .2, released features: 50 updates of 8 runs of at most
 20,000 steps with early stopping; 60 updates of 8 runs of at most 5,000; and 400

@@ -51,3 +51,16 @@ def golden_path() -> Path:
     if not path.is_file():
         pytest.skip("no reference trajectories: set METAX_GOLDEN to hypergradient.json")
     return path
+
+
+@pytest.fixture(scope="session")
+def corpora_dir() -> Path:
+    """The folder of the corpora; skips where there is none."""
+    candidates = [
+        Path(os.environ.get("TEXT_DATA_DIR") or Path.home() / "metax_text"),
+        Path(__file__).parents[2] / "shared" / "data",
+    ]
+    for root in candidates:
+        if (root / "multi30k").is_dir() and (root / "german").is_dir():
+            return root
+    pytest.skip("no Multi30k and German corpora: set TEXT_DATA_DIR")

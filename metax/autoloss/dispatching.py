@@ -30,7 +30,6 @@ __all__ = [
     "keep",
     "measure_all",
     "mix",
-    "rule_of",
     "switch",
     "take_step",
     "zero_gradients",
@@ -82,7 +81,7 @@ def groups_of(problem: AlternatingProblem, params: Groups, action: int) -> list[
     return [name for name in params if chosen is None or name in chosen]
 
 
-def rule_of(problem: AlternatingProblem, owner: Any) -> Any:
+def _rule_of(problem: AlternatingProblem, owner: Any) -> Any:
     """The rule of a group or, with `optimizer_sharing="action"`, of an action."""
     rules = problem.optimizers
     rule = rules if isinstance(rules, optax.GradientTransformation) else rules[owner]
@@ -92,7 +91,7 @@ def rule_of(problem: AlternatingProblem, owner: Any) -> Any:
 def init_optimizers(problem: AlternatingProblem, params: Groups) -> States:
     """One state a group, or with `optimizer_sharing="action"` one an action."""
     return {
-        owner: rule_of(problem, owner).init(_view(problem, params, owner, params))
+        owner: _rule_of(problem, owner).init(_view(problem, params, owner, params))
         for owner in _owners(problem, params)
     }
 
@@ -134,12 +133,11 @@ def mix(
             return jnp.sum(weights * values), (values, aux)
 
         (_, (values, aux)), grads = jax.value_and_grad(mixed, has_aux=True)(now.params)
-        chosen = (weights != 0) if decision.weights is None else jnp.ones_like(weights)
+        # with weights of its own a policy is shown every loss, also one of weight 0
+        chosen = (weights != 0) | (decision.weights is not None)
         rms = _rms_of_action(problem, grads, decision.action)
         only = lambda x: jnp.where(chosen, x, 0).astype(_float())
-        measured = Measured(
-            only(values), only(rms), chosen != 0, jax.tree.map(only, aux)
-        )
+        measured = Measured(only(values), only(rms), chosen, jax.tree.map(only, aux))
         return _move(problem, now, decision, grads, measured)
 
     return _repeat(once, before, key, problem.actions[0].repeats)
@@ -194,7 +192,6 @@ def follow(
 ) -> Stepped:
     """Steps by gradients that were measured after the last step, on the same batch."""
     weights = _loss_weights(problem, decision)
-
     scale = lambda w, tree: jax.tree.map(
         # where, for a zero times what is not finite would be NaN
         lambda g: jnp.where(w == 0, 0, w * g).astype(g.dtype),
@@ -206,7 +203,7 @@ def follow(
     ]
     mixed = {
         name: functools.reduce(optax.tree.add, [p[name] for p in parts if name in p])
-        for name in {name: None for part in parts for name in part}
+        for name in {name for part in parts for name in part}
     }
     return _move(problem, before, decision, mixed, before.measured)
 
@@ -264,7 +261,7 @@ def _move(
             continue  # a branch leaves what it does not touch out of its program
         old, state = _view(problem, params, owner, params), states[owner]
         grad = _view(problem, grads, owner, params)
-        updates, new_state = rule_of(problem, owner).update(
+        updates, new_state = _rule_of(problem, owner).update(
             grad, state, old, step=now.taken
         )
         new = optax.apply_updates(old, updates)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from metax.autoloss.decisions import Policy
 from metax.autoloss.dispatching import keep
 from metax.autoloss.doors import check_rollout
-from metax.autoloss.episodes import Episode, Record, RunState, episode
+from metax.autoloss.episodes import Record, RunState, episode
 from metax.autoloss.restarts import Restart
 from metax.autoloss.rewards import StepReward
 from metax.base import AlternatingProblem, check_key
@@ -142,17 +142,17 @@ def rollout(
     check_key(key, "rollout(key=...)")
     check_rollout(problem, "rollout", num_steps, dispatch, validate_every, chunk)
     problem, data = _prepared(problem, data)
-    run_of = episode(
+    plan = _plan(
         problem,
         policy,
-        num_steps=num_steps,
+        num_steps,
+        chunk,
         dispatch=dispatch,
         validate_every=validate_every,
         early_stopping=early_stopping,
         step_reward=step_reward,
         restart=restart,
     )
-    plan = _plan(problem, run_of, num_steps, chunk)
     return _alone(plan, num_steps, key, task_key, data)
 
 
@@ -191,17 +191,16 @@ def rollouts(
       As `rollout`, with a leading axis [S].
     """
     problem, data = _prepared(problem, data)
-    run_of = episode(
+    plan = _plan(
         problem,
         policy,
-        num_steps=num_steps,
+        num_steps,
+        chunk,
         dispatch=dispatch,
         early_stopping=early_stopping,
         step_reward=step_reward,
         restart=restart,
     )
-    plan = _plan(problem, run_of, num_steps, chunk)
-
     if dispatch == "switch":
         return jax.lax.map(
             lambda key: _alone(plan, num_steps, key, task_key, data), keys
@@ -246,8 +245,10 @@ def _alone(
 
 
 def _plan(
-    problem: AlternatingProblem, run_of: Episode, num_steps: int, chunk: int
+    problem: AlternatingProblem, policy: Policy, num_steps: int, chunk: int, **how: Any
 ) -> _Plan:
+    """The rest of the arguments are those of `episode`."""
+    run_of = episode(problem, policy, num_steps=num_steps, **how)
     period = run_of.period
     blocks = max(1, min(chunk, num_steps) // period)
     length = blocks * period
@@ -322,7 +323,7 @@ def _plan(
 def _result(
     problem: AlternatingProblem, state: RunState, metrics: jax.Array, data: Any
 ) -> EpisodeResult:
-    # how many checks there were is known from the step, also where a metric was NaN
+    # a metric that is not finite ends the run and is no check
     live = jnp.isfinite(metrics)
     unchecked = ~jnp.isfinite(state.best_metric)
     best_params = keep(unchecked, state.params, state.best_params)

@@ -6,7 +6,7 @@ import optax
 import pytest
 
 from metax import Action
-from metax.autoloss import Decision, Policy, cycle, rollout
+from metax.autoloss import Decision, cycle, rollout
 from metax.autoloss.dispatching import (
     Stepped,
     follow,
@@ -224,10 +224,3 @@ def test_shared_slots_keep_the_weight_of_a_loss_and_slots_by_action_undo_it():
     shared, apart = by("variable"), by("action")
     np.testing.assert_allclose(apart[0], apart[1], rtol=1e-9)
     assert abs(shared[0] - shared[1]) > 0.1
-
-
-def test_a_policy_may_say_nothing_of_weights():
-    schedule = cycle((1, 1))
-    assert isinstance(schedule, Policy)
-    _, decision = schedule.act(schedule.init(), jax.random.key(0))
-    assert decision.weights is None

@@ -49,7 +49,7 @@ def forbid(*args, **kwargs):
 
 @pytest.fixture(scope="module", autouse=True)
 def cheap():
-    """Nearly all of the time is compilation: of small networks, and not optimised."""
+    """Nearly all of the time is compilation: of small networks."""
     small = {"hidden_size": 2, "num_layers": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(STUDENTS, "rnnprop", ("rnnprop", small))
@@ -58,9 +58,7 @@ def cheap():
         chosen = lambda config: {**whole(config), **small}
         patch.setattr(meta_training, "choice_options", chosen)
         patch.setattr(amalgamate, "choice_options", chosen)
-        jax.config.update("jax_disable_most_optimizations", True)
         yield
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,4 @@
 import gzip
-import os
-from pathlib import Path
 
 import pytest
 
@@ -36,19 +34,6 @@ CONLLU = """# sent_id = 1
 # sent_id = 2
 1\tKomm\tkommen\tVERB\tVVIMP\t_\t0\troot\t_\t_
 """
-
-
-@pytest.fixture
-def corpora_dir() -> Path:
-    """The folder of the corpora; skips where there is none."""
-    candidates = [
-        Path(os.environ.get("TEXT_DATA_DIR") or Path.home() / "metax_text"),
-        Path(__file__).parents[3] / "shared" / "data",
-    ]
-    for root in candidates:
-        if (root / "multi30k").is_dir() and (root / "german").is_dir():
-            return root
-    pytest.skip("no Multi30k and German corpora: set TEXT_DATA_DIR")
 
 
 @pytest.fixture

@@ -1,6 +1,3 @@
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -9,19 +6,6 @@ from metax.tasks.seq2seq import END, NUM_MARKS, PAD, UNKNOWN
 
 NUM_CAPTIONS = {"train": 40, "val": 8, "test_2016_flickr": 6, "test_2018_flickr": 5}
 NUM_NAMED = {"test": 40, "dev": 1110}
-
-
-@pytest.fixture
-def corpora_dir() -> Path:
-    """The folder of the corpora; skips where there is none."""
-    candidates = [
-        Path(os.environ.get("TEXT_DATA_DIR") or Path.home() / "metax_text"),
-        Path(__file__).parents[3] / "shared" / "data",
-    ]
-    for root in candidates:
-        if (root / "multi30k").is_dir() and (root / "german").is_dir():
-            return root
-    pytest.skip("no Multi30k and German corpora: set TEXT_DATA_DIR")
 
 
 @pytest.fixture
