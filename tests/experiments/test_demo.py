@@ -34,18 +34,29 @@ def test_the_demo_gives_the_table_of_the_readme(tmp_path):
     assert str(tmp_path) in result.stdout
 
 
-def test_every_part_of_the_demo_runs_when_it_is_short(tmp_path, monkeypatch, capsys):
+SHORT = {
+    "sgd_hd": (lambda: demo.hypergradient(num_epochs=1, num_seeds=2), 6),
+    "delta_stn": (lambda: demo.regularisation(num_steps=2, num_seeds=2), 3),
+    "autoloss": (lambda: demo.schedule(num_updates=1, num_seeds=2), 3),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sgd_hd",
+        pytest.param("delta_stn", marks=pytest.mark.slow),
+        pytest.param("autoloss", marks=pytest.mark.slow),
+    ],
+)
+def test_parts_of_the_demo_run_when_they_are_short(name, tmp_path, monkeypatch, capsys):
     """The table itself takes minutes: see the test above, which is slow."""
-    short = (
-        lambda: demo.hypergradient(num_epochs=1, num_seeds=2),
-        lambda: demo.regularisation(num_steps=2, num_seeds=2),
-        lambda: demo.schedule(num_updates=1, num_seeds=2),
-    )
-    monkeypatch.setattr(demo, "METHODS", short)
+    part, num_rows = SHORT[name]
+    monkeypatch.setattr(demo, "METHODS", (part,))
     demo.main(["--out", str(tmp_path)])
     rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
-    assert len(rows) == 12
-    assert "autoloss" in capsys.readouterr().out
+    assert len(rows) == num_rows
+    assert name in capsys.readouterr().out
 
 
 def check_every_row_is_as_expected(rows, printed):

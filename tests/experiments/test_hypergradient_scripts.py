@@ -14,6 +14,7 @@ from experiments import (
     prepare_data,
     report,
 )
+from experiments.hypergradient_recovery import RULES
 from metax.harness import read_metrics
 
 LEFT_BEHIND = {"config.json", "summary.json", "figure.png"}
@@ -47,25 +48,32 @@ def test_mnist_resumes_at_the_first_method_that_is_missing(tmp_path):
     assert (run / "metrics.jsonl").read_text() == text
 
 
-def test_recovery(tmp_path, capsys):
+RECOVERED = ("sgd", "adam", "adam_hd multiplicative .02", "dog")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [RECOVERED, pytest.param(tuple(RULES), marks=pytest.mark.slow)],
+    ids=["some", "all"],
+)
+def test_recovery(names, tmp_path, capsys, monkeypatch):
+    """Each rule is a program to compile: all of them take a minute."""
+    some = {name: RULES[name] for name in names}
+    monkeypatch.setattr(hypergradient_recovery, "RULES", some)
     hypergradient_recovery.main([*DIGITS, "--out", str(tmp_path / "run")])
     methods = {row["method"] for row in summary_of(tmp_path / "run")["rows"]}
-    assert methods == set(hypergradient_recovery.RULES)
+    assert methods == set(names)
     assert "best tuned plain training loss" in capsys.readouterr().out
 
 
-def test_stability_shows_divergence_and_its_cures(tmp_path):
-    argv = [
-        "--dataset",
-        "digits",
-        "--steps",
-        "12",
-        "--num-seeds",
-        "1",
-        "--sizes",
-        "100",
-    ]
-    hypergradient_stability.main([*argv, "--out", str(tmp_path / "run")])
+def test_stability_shows_divergence_and_its_cures(tmp_path, monkeypatch):
+    guards = hypergradient_stability.GUARDS
+    shown = ("additive 1e-4", "additive 1e-4, bounds (0, 1e-2)", "multiplicative .02")
+    some = {name: guards[name] for name in shown}
+    monkeypatch.setattr(hypergradient_stability, "GUARDS", some)
+    argv = ["--dataset", "digits", "--steps", "12", "--num-seeds", "1"]
+    argv += ["--sizes", "100", "--out", str(tmp_path / "run")]
+    hypergradient_stability.main(argv)
     summary = summary_of(tmp_path / "run")
     diverged = {
         name: row["diverged_at_step"] for name, row in summary["failure"].items()
