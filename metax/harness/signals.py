@@ -54,16 +54,18 @@ def stop_request() -> Iterator[StopRequest]:
     """Takes SIGTERM and SIGINT for wishes to stop, and gives them back afterwards.
 
     Handlers belong to the main thread; in another one nothing is taken, and signals do
-    what they did before.
+    what they did before. A signal that is ignored stays ignored.
 
     Yields:
       What tells whether a signal came.
     """
     request = StopRequest()
     is_main = threading.current_thread() is threading.main_thread()
-    # None is a handler that was not set by Python: it could not be given back
     before = {s: signal.getsignal(s) for s in SIGNALS} if is_main else {}
-    taken = {s: handler for s, handler in before.items() if handler is not None}
+    # what is ignored stays so, as Ctrl-C is by a job in the background; None, a handler
+    # that was not set by Python, could not be given back
+    kept = (signal.SIG_IGN, None)
+    taken = {s: handler for s, handler in before.items() if handler not in kept}
     for signum in taken:
         signal.signal(signum, request.receive)
     try:
