@@ -105,7 +105,7 @@ def describe_leaf(value: np.ndarray) -> dict[str, Any]:
     return {
         "shape": list(value.shape),
         "dtype": str(value.dtype),
-        "sha256": hashlib.sha256(flat.view(np.uint8)).hexdigest(),
+        "sha256": hashlib.sha256(flat.view(np.uint8).data).hexdigest(),
     }
 
 

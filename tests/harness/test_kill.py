@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from metax.harness import (
+    append_metrics,
     latest_step,
     mean_rows,
-    read_metrics,
     restore_checkpoint,
     train,
 )
@@ -74,13 +74,11 @@ def check_kills(name, num_kills, tmp_path):
         said, trouble = process.communicate()
     assert process.returncode == 0, trouble
 
-    rows = []
-    state, _ = train(
-        loop, data, key, num_steps, chunk=1,
-        on_chunk=lambda step, state, infos: rows.extend(mean_rows(step, state, infos)),
-    )  # fmt: skip
+    on_chunk = lambda *seen: append_metrics(tmp_path, mean_rows(*seen))
+    state, _ = train(loop, data, key, num_steps, chunk=1, on_chunk=on_chunk)
     assert said.split()[-1] == digest(state)
-    assert read_metrics(folder) == rows
+    rows = [(path / "metrics.jsonl").read_bytes() for path in (folder, tmp_path)]
+    assert rows[0] == rows[1]
     print(f"{name}: {num_kills} kills, {num_steps} steps, {rests.count('.tmp')} halves")
 
 
