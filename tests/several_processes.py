@@ -37,14 +37,20 @@ SEED = 3  # a key would start a backend, before `main` can say which
 
 
 def build_loop() -> Loop:
-    """Eight replicates of SGD on a noisy quadratic."""
+    """Eight replicates of SGD on a noisy quadratic, and a number all of them share."""
     task = Task(
         init=lambda key: {"w": jax.random.normal(key, (5,))},
         loss=lambda params, batch, key: jnp.sum((params["w"] - batch) ** 2),
         sample=lambda data, key: data + jax.random.normal(key, (5,)),
         evaluate=lambda params, data: {},
     )
-    return replicate(inner_loop(task, optax.adam(0.1)), 8)
+    several = replicate(inner_loop(task, optax.adam(0.1)), 8)
+
+    def step(state, key, data):
+        replicates, info = several.step(state[0], key, data)
+        return (replicates, state[1] + 1), info
+
+    return Loop(lambda key: (several.init(key), jnp.array(0)), step)
 
 
 def spread(loop: Loop) -> Loop:
@@ -66,7 +72,7 @@ def run(folder: str, num_steps: int, rows=rows) -> None:
     state, _ = record_run(
         folder, loop, data, key, num_steps, chunk=1, rows=rows, resume=True, keep=None
     )
-    assert len(jax.tree.leaves(state.params)[0].sharding.device_set) == 4
+    assert len(jax.tree.leaves(state[0].params)[0].sharding.device_set) == 4
     print(digest(all_on_host(state)), flush=True)
 
 

@@ -262,6 +262,8 @@ def _restore(
             found = checkpointer.restore(
                 path / "state", {"step": np.asarray(0), **target}
             )
+    except (MemoryError, OSError):
+        raise  # of this machine, not of the checkpoint
     except Exception as error:
         # every file is as it was written, and still Orbax cannot read them
         raise CheckpointCorruptError(

@@ -102,9 +102,7 @@ def record_run(
     like = jax.eval_shape(loop.init, key)
     start, state = _find_start(run, like, num_steps, resume, fallback, config_hash)
     if start == num_steps:
-        _, info = jax.eval_shape(loop.step, state, key, data)
-        none = jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape), leaf.dtype), info)
-        return state, none
+        return state, _no_infos(loop, state, key, data)
     done = start
 
     def on_chunk(step: int, state: Any, infos: Any) -> None:
@@ -135,10 +133,7 @@ def record_run(
                     progress=progress,
                 )
         except NonFiniteError as error:
-            # now that all is written, what is on disk tells what is good
-            step = latest_step(run / "checkpoints")
-            last = None if step is None else run / "checkpoints" / str(step)
-            raise NonFiniteError(error.step, error.leaf, last, error.infos) from error
+            raise _naming_the_last(error, run / "checkpoints") from error
         stop.exit_if_asked()
     return result
 
@@ -197,6 +192,19 @@ def _find_start(
         set_aside(checkpoints, start)
         trim_metrics(run, start)
     return start, state
+
+
+def _no_infos(loop: LoopLike, state: Any, key: jax.Array, data: Any) -> Any:
+    """The infos of no steps."""
+    _, info = jax.eval_shape(loop.step, state, key, data)
+    return jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape), leaf.dtype), info)
+
+
+def _naming_the_last(error: NonFiniteError, checkpoints: Path) -> NonFiniteError:
+    """The error with the last good checkpoint: all saves are done, the disk tells."""
+    step = latest_step(checkpoints)
+    last = None if step is None else checkpoints / str(step)
+    return NonFiniteError(error.step, error.leaf, last, error.infos)
 
 
 def _check_keep(keep: int | None) -> None:
