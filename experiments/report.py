@@ -21,6 +21,7 @@ from experiments import (
     sections_amalgamation,
     sections_autoloss,
     sections_cost,
+    sections_harness,
     sections_images,
     sections_large,
     sections_optimizers,
@@ -303,6 +304,7 @@ SECTIONS = {
         sections_optimizers.benchmark,
     ),
     **sections_autoloss.SECTIONS,
+    **sections_harness.SECTIONS,
 }
 
 

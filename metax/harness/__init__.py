@@ -1,6 +1,6 @@
 """The host side of a run: it knows loops and no method."""
 
-from metax.harness.checkpoint import latest_step, restore_checkpoint, save_checkpoint
+from metax.harness.checkpoint import restore_checkpoint, save_checkpoint
 from metax.harness.cli import RunOptions, parse
 from metax.harness.evaluation import (
     evaluate,
@@ -8,12 +8,14 @@ from metax.harness.evaluation import (
     grid,
     replicate,
 )
-from metax.harness.files import write_json
+from metax.harness.files import StorageError, write_json
+from metax.harness.manifest import CheckpointCorruptError, CheckpointMismatchError
 from metax.harness.plot import plot_curves, plot_panels
 from metax.harness.recording import mean_rows, record_run
 from metax.harness.records import (
     append_metrics,
     create_run,
+    hash_config,
     long_rows,
     read_config,
     read_metrics,
@@ -21,6 +23,7 @@ from metax.harness.records import (
     versions,
     write_summary,
 )
+from metax.harness.retention import latest_step
 from metax.harness.stats import (
     Interval,
     MixedEffects,
@@ -35,16 +38,20 @@ from metax.harness.stepping import host_unroll
 from metax.harness.training import NonFiniteError, train
 
 __all__ = [
+    "CheckpointCorruptError",
+    "CheckpointMismatchError",
     "Interval",
     "MixedEffects",
     "NonFiniteError",
     "RunOptions",
+    "StorageError",
     "append_metrics",
     "bootstrap_interval",
     "create_run",
     "evaluate",
     "evaluate_in_turn",
     "grid",
+    "hash_config",
     "host_unroll",
     "iqm",
     "latest_step",
