@@ -9,6 +9,14 @@ from metax.harness.evaluation import (
     replicate,
 )
 from metax.harness.files import write_json
+from metax.harness.freezing import FreezeState, first_non_finite, freeze
+from metax.harness.parallel import (
+    device_mesh,
+    put_everywhere,
+    shard,
+    start_devices,
+    start_processes,
+)
 from metax.harness.plot import plot_curves, plot_panels
 from metax.harness.recording import mean_rows, record_run
 from metax.harness.records import (
@@ -35,6 +43,7 @@ from metax.harness.stepping import host_unroll
 from metax.harness.training import NonFiniteError, train
 
 __all__ = [
+    "FreezeState",
     "Interval",
     "MixedEffects",
     "NonFiniteError",
@@ -42,8 +51,11 @@ __all__ = [
     "append_metrics",
     "bootstrap_interval",
     "create_run",
+    "device_mesh",
     "evaluate",
     "evaluate_in_turn",
+    "first_non_finite",
+    "freeze",
     "grid",
     "host_unroll",
     "iqm",
@@ -57,12 +69,16 @@ __all__ = [
     "parse",
     "plot_curves",
     "plot_panels",
+    "put_everywhere",
     "read_config",
     "read_metrics",
     "record_run",
     "replicate",
     "restore_checkpoint",
     "save_checkpoint",
+    "shard",
+    "start_devices",
+    "start_processes",
     "train",
     "trim_metrics",
     "versions",
