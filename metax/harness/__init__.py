@@ -1,6 +1,6 @@
 """The host side of a run: it knows loops and no method."""
 
-from metax.harness.checkpoint import latest_step, restore_checkpoint, save_checkpoint
+from metax.harness.checkpoint import restore_checkpoint, save_checkpoint
 from metax.harness.cli import RunOptions, parse
 from metax.harness.evaluation import (
     evaluate,
@@ -8,8 +8,9 @@ from metax.harness.evaluation import (
     grid,
     replicate,
 )
-from metax.harness.files import write_json
+from metax.harness.files import StorageError, write_json
 from metax.harness.freezing import FreezeState, first_non_finite, freeze
+from metax.harness.manifest import CheckpointCorruptError, CheckpointMismatchError
 from metax.harness.parallel import (
     device_mesh,
     put_everywhere,
@@ -22,6 +23,7 @@ from metax.harness.recording import mean_rows, record_run
 from metax.harness.records import (
     append_metrics,
     create_run,
+    hash_config,
     long_rows,
     read_config,
     read_metrics,
@@ -29,6 +31,7 @@ from metax.harness.records import (
     versions,
     write_summary,
 )
+from metax.harness.retention import latest_step
 from metax.harness.stats import (
     Interval,
     MixedEffects,
@@ -43,11 +46,14 @@ from metax.harness.stepping import host_unroll
 from metax.harness.training import NonFiniteError, train
 
 __all__ = [
+    "CheckpointCorruptError",
+    "CheckpointMismatchError",
     "FreezeState",
     "Interval",
     "MixedEffects",
     "NonFiniteError",
     "RunOptions",
+    "StorageError",
     "append_metrics",
     "bootstrap_interval",
     "create_run",
@@ -57,6 +63,7 @@ __all__ = [
     "first_non_finite",
     "freeze",
     "grid",
+    "hash_config",
     "host_unroll",
     "iqm",
     "latest_step",

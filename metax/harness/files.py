@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -13,7 +14,31 @@ from typing import Any
 import jax
 import numpy as np
 
-__all__ = ["dump_json", "make_folder", "named_parts", "replacing", "write_json"]
+__all__ = [
+    "StorageError",
+    "dump_json",
+    "make_folder",
+    "named_parts",
+    "replacing",
+    "storing",
+    "sync_folder",
+    "write_json",
+]
+
+
+class StorageError(OSError):
+    """A file of a run could not be written: the disk is full, or the folder closed.
+
+    What was complete before is as it was. `errno`, `strerror` and `filename` are those
+    of every OSError; an errno of EIO stands for what a library did not tell.
+    """
+
+    def __str__(self) -> str:
+        return (
+            f"{self.filename} could not be written: {self.strerror}. What was complete "
+            "before is untouched: make room or set the permissions right, then go on "
+            "with resume=True (--resume); or choose another folder (--out)."
+        )
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -23,6 +48,9 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
       path: the file.
       value: JSON values, numpy or jax arrays and scalars, dataclasses, NamedTuples (as
         objects) and paths; numbers that are not finite become null.
+
+    Raises:
+      StorageError: the disk is full, or the folder cannot be written.
     """
     with replacing(path) as temporary:
         temporary.write_text(dump_json(value, indent=2) + "\n", encoding="utf-8")
@@ -68,6 +96,39 @@ def make_folder(directory: str | os.PathLike, argument: str) -> Path:
 
 
 @contextlib.contextmanager
+def storing(path: str | os.PathLike) -> Iterator[None]:
+    """Turns the trouble of a disk into a `StorageError` that names the file.
+
+    Args:
+      path: what is written.
+
+    Raises:
+      StorageError: in the place of any other OSError of the block.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        number = error.errno or errno.EIO
+        reason = error.strerror or str(error)
+        raise StorageError(number, reason, os.fspath(path)) from error
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Has the names within a folder on disk when it returns.
+
+    Args:
+      folder: an existing folder.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Lends a temporary file beside `path` that takes its place when all went well.
 
@@ -76,16 +137,21 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
     Yields:
       The temporary file, of the same suffix; it is gone if the block raises.
+
+    Raises:
+      StorageError: the disk is full, or the folder cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with storing(path):
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def named_parts(value: Any) -> dict[Any, Any] | None:

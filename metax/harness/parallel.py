@@ -179,12 +179,15 @@ def put_everywhere(data: Any, mesh: Mesh | None) -> Any:
 
     Args:
       data: a pytree of arrays, the same in every process.
-      mesh: the devices; None leaves `data` as it is.
+      mesh: the devices; where there are none, or they are those of several processes,
+        each of which has its copy, `data` stays where it is.
 
     Returns:
       The same tree, for `train` or `record_run`.
     """
-    return data if mesh is None else jax.device_put(data, NamedSharding(mesh, P()))
+    if mesh is None or mesh.is_multi_process:
+        return data
+    return jax.device_put(data, NamedSharding(mesh, P()))
 
 
 def start_devices(num_devices: int) -> None:

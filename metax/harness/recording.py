@@ -2,7 +2,8 @@
 
 The order within a chunk is what makes a kill harmless: the rows are on disk before the
 checkpoint is. A run that goes on from the last complete checkpoint drops the rows
-measured after it and writes them again.
+measured after it and writes them again. Both are written beside the next chunk, by one
+thread, from a copy of the state: the state itself is donated.
 """
 
 import os
@@ -15,9 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from metax.base import LoopLike, check_key
-from metax.harness.checkpoint import latest_step, restore_checkpoint, save_checkpoint
+from metax.harness.checkpoint import begin_save, restore_checkpoint
 from metax.harness.files import make_folder
-from metax.harness.records import append_metrics, trim_metrics
+from metax.harness.processes import is_first, wait_for_all
+from metax.harness.records import (
+    append_metrics,
+    hash_config,
+    read_config,
+    trim_metrics,
+)
+from metax.harness.retention import latest_step, set_aside
+from metax.harness.saving import Saver
+from metax.harness.signals import stop_request
 from metax.harness.training import NonFiniteError, train
 
 __all__ = ["mean_rows", "record_run"]
@@ -37,14 +47,23 @@ def record_run(
     resume: bool = False,
     check_finite: bool = True,
     progress: str | None = None,
+    keep: int | None = 3,
+    fallback: bool = False,
 ) -> tuple[Any, Any]:
     """Trains, and after each chunk appends to `metrics.jsonl` and saves a checkpoint.
 
     A resumed run, given the same loop, data, key and chunk, ends in the same state and
     with the same `metrics.jsonl` as one that was never stopped, bit for bit.
 
+    Rows and checkpoint are written while the next chunk runs, one chunk's at a time,
+    and all of it when this returns or raises. It costs a copy of the state on the host.
+    SIGTERM and Ctrl-C end the program after the chunk they came in, when everything is
+    written, with exit codes 143 and 130; a second one ends it at once. With several
+    processes all of them call it, on a folder that all see; the first writes.
+
     Args:
-      directory: the folder of the run; made if it is not there.
+      directory: the folder of the run; made if it is not there. If it holds a
+        `config.json` (`create_run`), its checkpoints are bound to that config.
       loop: what to run.
       data: handed to every step.
       key: one typed key for the whole run.
@@ -56,6 +75,9 @@ def record_run(
       resume: go on from the last complete checkpoint; from the start if there is none.
       check_finite: as in `train`.
       progress: as in `train`.
+      keep: how many checkpoints to leave, as in `save_checkpoint`.
+      fallback: where the last checkpoint is damaged go on from the one before it, with
+        a warning; the damaged one is renamed to `STEP.corrupt`.
 
     Returns:
       The last state, and the infos of the steps done in this call: after a resume not
@@ -63,47 +85,62 @@ def record_run(
 
     Raises:
       ValueError: as in `train`; the folder cannot be written, it holds a run and
-        `resume` is false, its checkpoint is beyond `num_steps` or of another state, or
-        a row has a `step` outside its chunk.
+        `resume` is false, its checkpoint is beyond `num_steps`, or a row has a `step`
+        outside its chunk.
+      CheckpointMismatchError: the checkpoint is of another state or another config.
+      CheckpointCorruptError: the checkpoint is damaged, or with `fallback` all are.
+      StorageError: the disk is full, or the folder can no longer be written. Make room
+        and resume: the last good checkpoint is intact.
       NonFiniteError: as in `train`; it names the last checkpoint.
+      SystemExit: after a signal, as above.
     """
     check_key(key, "record_run(key=...)")
+    _check_keep(keep)
     run = make_folder(directory, "record_run(directory=...)")
-    checkpoints = run / "checkpoints"
-    start, state = _find_start(run, loop, key, num_steps, resume)
-    trim_metrics(run, start)
+    has_config = (run / "config.json").exists()
+    config_hash = hash_config(read_config(run)) if has_config else None
+    like = jax.eval_shape(loop.init, key)
+    start, state = _find_start(run, like, num_steps, resume, fallback, config_hash)
     if start == num_steps:
         _, info = jax.eval_shape(loop.step, state, key, data)
         none = jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape), leaf.dtype), info)
         return state, none
+    done = start
 
-    def on_chunk(step: int, state: Any, infos: Any) -> Path:
-        done = latest_step(checkpoints) or 0
+    def on_chunk(step: int, state: Any, infos: Any) -> None:
+        nonlocal done
         new = list((rows or mean_rows)(step, state, infos))
         _check_rows(new, done, step)
-        append_metrics(run, new)
-        return save_checkpoint(checkpoints, step, state)
-
-    try:
-        return train(
-            loop,
-            data,
-            key,
-            num_steps,
-            chunk=chunk,
-            state=state,
-            start=start,
-            on_chunk=on_chunk,
-            check_finite=check_finite,
-            progress=progress,
+        saver.wait()  # before the state is copied: one copy at a time
+        save = begin_save(
+            run / "checkpoints", step, state, keep=keep, config_hash=config_hash
         )
-    except NonFiniteError as error:
-        if error.checkpoint is not None or start == 0:
-            raise
-        # nothing was saved since the resume, but what it began with is still good
-        raise NonFiniteError(
-            error.step, error.leaf, checkpoints / str(start)
-        ) from error
+        saver.submit(lambda: (append_metrics(run, new), save()))
+        done = step
+        stop.exit_if_asked()
+
+    with stop_request() as stop:
+        try:
+            with Saver() as saver:
+                result = train(
+                    loop,
+                    data,
+                    key,
+                    num_steps,
+                    chunk=chunk,
+                    state=state,
+                    start=start,
+                    on_chunk=on_chunk,
+                    check_finite=check_finite,
+                    progress=progress,
+                )
+        except NonFiniteError as error:
+            # now that all is written, what is on disk tells what is good
+            step = latest_step(run / "checkpoints")
+            last = None if step is None else run / "checkpoints" / str(step)
+            raise NonFiniteError(error.step, error.leaf, last, error.infos) from error
+        stop.exit_if_asked()
+    return result
 
 
 def mean_rows(step: int, state: Any, infos: Any) -> list[dict[str, Any]]:
@@ -127,22 +164,46 @@ def mean_rows(step: int, state: Any, infos: Any) -> list[dict[str, Any]]:
 
 
 def _find_start(
-    run: Path, loop: LoopLike, key: jax.Array, num_steps: int, resume: bool
+    run: Path,
+    like: Any,
+    num_steps: int,
+    resume: bool,
+    fallback: bool,
+    config_hash: str | None,
 ) -> tuple[int, Any]:
-    step = latest_step(run / "checkpoints")
-    if not resume and (step is not None or (run / "metrics.jsonl").exists()):
+    """The steps done and the state after them; the files are made to agree with it."""
+    checkpoints = run / "checkpoints"
+    step = latest_step(checkpoints) or 0
+    has_run = (run / "metrics.jsonl").exists() or any(checkpoints.glob("*"))
+    if has_run and not resume:
         raise ValueError(
             f"`record_run(directory={str(run)!r})` must hold no earlier run; it holds "
-            f"{step or 0} steps. Pass resume=True (--resume), or choose another folder."
+            f"{step} steps. Pass resume=True (--resume), or choose another folder."
         )
-    if step is None:
-        return 0, None
     if step > num_steps:
         raise ValueError(
             f"`record_run(num_steps=...)` must be at least the {step} steps that "
             f"{str(run)!r} has done; got num_steps={num_steps}."
         )
-    return restore_checkpoint(run / "checkpoints", jax.eval_shape(loop.init, key), step)
+    try:
+        start, state = restore_checkpoint(
+            checkpoints, like, fallback=fallback, config_hash=config_hash
+        )
+    except FileNotFoundError:
+        start, state = 0, None
+    # no process may change the folder while another one still looks at it
+    wait_for_all("metax: start of a run")
+    if is_first():
+        set_aside(checkpoints, start)
+        trim_metrics(run, start)
+    return start, state
+
+
+def _check_keep(keep: int | None) -> None:
+    if keep is not None and keep < 1:
+        raise ValueError(
+            f"`record_run(keep=...)` must be at least 1, or None; got keep={keep}."
+        )
 
 
 def _check_rows(rows: list, done: int, step: int) -> None:

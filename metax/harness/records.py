@@ -6,8 +6,10 @@
 
 JSON has neither NaN nor infinity: both are written as null, and `read_metrics` reads
 null as NaN. Whole files are replaced in one act, so a reader never meets a half of one.
+Of several processes that run one program the first alone writes.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -28,12 +30,15 @@ from metax.harness.files import (
     make_folder,
     named_parts,
     replacing,
+    storing,
     write_json,
 )
+from metax.harness.processes import is_first, wait_for_all
 
 __all__ = [
     "append_metrics",
     "create_run",
+    "hash_config",
     "long_rows",
     "read_config",
     "read_metrics",
@@ -61,12 +66,13 @@ def create_run(directory: str | os.PathLike, config: Any) -> Path:
     Raises:
       ValueError: the folder cannot be written, it holds the run of another config, or
         the config holds something that JSON does not.
+      StorageError: the disk is full.
     """
     config = _plain_config(config)
     folder = make_folder(directory, "create_run(directory=...)")
-    if not (folder / "config.json").exists():
+    if is_first() and not (folder / "config.json").exists():
         write_json(folder / "config.json", config)
-        return folder
+    wait_for_all("metax: config of a run")
     stored = read_config(folder)
     differing = {
         name: (stored.get(name), config.get(name))
@@ -108,6 +114,26 @@ def read_config(run: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object; got {config!r}.")
     return config
+
+
+def hash_config(config: Any) -> str:
+    """Names a config by what it says: equal configs, and only they, have equal hashes.
+
+    Args:
+      config: a dataclass, NamedTuple or mapping of JSON values, `read_config`'s too.
+
+    Returns:
+      The sha256, in hexadecimal digits, of its JSON with sorted names.
+
+    Example:
+      >>> from metax.harness import hash_config
+      >>> hash_config({"rate": 0.1, "widths": (4, 2)})[:8]
+      '643b2437'
+      >>> hash_config({"widths": [4, 2], "rate": 0.1})[:8]
+      '643b2437'
+    """
+    plain = json.loads(dump_json(config))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def long_rows(
@@ -158,9 +184,15 @@ def append_metrics(run: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) ->
       run: the folder of the run.
       rows: flat mappings of names to scalars, numpy's included; by convention `step` is
         the number of steps done when the row was measured.
+
+    Raises:
+      StorageError: the disk is full, or the file cannot be written.
     """
+    if not is_first():
+        return
     text = "".join(dump_json(row) + "\n" for row in rows)
-    with (Path(run) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    path = Path(run) / "metrics.jsonl"
+    with storing(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -196,10 +228,14 @@ def trim_metrics(run: str | os.PathLike, step: int) -> None:
     Args:
       run: the folder of the run.
       step: the number of steps done, that of the checkpoint.
+
+    Raises:
+      ValueError: a line but the last is no JSON.
+      StorageError: the disk is full, or the file cannot be written.
     """
     kept = [row for row in read_metrics(run) if row.get("step", step) <= step]
     path = Path(run) / "metrics.jsonl"
-    if path.exists():
+    if is_first() and path.exists():
         with replacing(path) as temporary:
             text = "".join(dump_json(row) + "\n" for row in kept)
             temporary.write_text(text, encoding="utf-8")
@@ -221,6 +257,7 @@ def write_summary(
 
     Raises:
       ValueError: `summary` has one of the added names.
+      StorageError: the disk is full, or the folder cannot be written.
     """
     devices = jax.devices()
     added = {
@@ -236,7 +273,8 @@ def write_summary(
             f"`write_summary(summary=...)` must not have the names {taken}, which are "
             "added here; rename them."
         )
-    write_json(Path(run) / "summary.json", {**summary, **added})
+    if is_first():
+        write_json(Path(run) / "summary.json", {**summary, **added})
 
 
 def versions() -> dict[str, str | None]:

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from metax.base import LoopLike, check_key, unroll
+from metax.harness.processes import all_on_host
 
 __all__ = ["NonFiniteError", "train"]
 
@@ -46,11 +47,16 @@ class NonFiniteError(FloatingPointError):
         self.leaf = leaf
         self.checkpoint = checkpoint
         self.infos = infos
+        # all of them: an exception crosses processes by its args
+        super().__init__(step, leaf, checkpoint, infos)
+
+    def __str__(self) -> str:
+        leaf, infos, checkpoint = self.leaf, self.infos, self.checkpoint
         where = "the state is finite" if leaf is None else f"state{leaf} is not either"
         seen = f", by its info {', '.join(infos)}" if infos else ""
         remedy = "None" if checkpoint is None else f"{checkpoint}, to go on from"
-        super().__init__(
-            f"step {step} is not finite{seen} (at the end of its chunk {where}); "
+        return (
+            f"step {self.step} is not finite{seen} (at the end of its chunk {where}); "
             f"last good checkpoint: {remedy}."
         )
 
@@ -129,7 +135,7 @@ def train(
         for first in range(start, num_steps, chunk):
             state, infos = run_chunk(state, key_run, first, data)
             bar.set_description(progress)
-            infos = jax.device_get(infos)
+            infos = all_on_host(infos)
             if check_finite:
                 _raise_non_finite(first, state, infos, checkpoint)
             done.append(infos)
