@@ -43,6 +43,7 @@ from metax.harness.stats import (
     paired_difference,
 )
 from metax.harness.stepping import host_unroll
+from metax.harness.sweeping import SweepError, sweep
 from metax.harness.training import NonFiniteError, train
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "NonFiniteError",
     "RunOptions",
     "StorageError",
+    "SweepError",
     "append_metrics",
     "bootstrap_interval",
     "create_run",
@@ -86,6 +88,7 @@ __all__ = [
     "shard",
     "start_devices",
     "start_processes",
+    "sweep",
     "train",
     "trim_metrics",
     "versions",
