@@ -134,7 +134,7 @@ def test_replicates_sharded_over_devices_equal_vmapped():
         cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == list(LOOPS)
+    assert done.stdout.split()[::2] == list(LOOPS)
 
 
 def run_until(name, folder, num_steps):

@@ -15,6 +15,7 @@ from metax.harness.parallel import (
     device_mesh,
     put_everywhere,
     shard,
+    spread,
     start_devices,
     start_processes,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "restore_checkpoint",
     "save_checkpoint",
     "shard",
+    "spread",
     "start_devices",
     "start_processes",
     "sweep",

@@ -21,7 +21,12 @@ from tqdm import tqdm
 
 from metax.base import Loop, LoopLike, check_key
 from metax.harness.freezing import freeze as frozen_loop
-from metax.harness.parallel import put_everywhere, spread, spread_sharding
+from metax.harness.parallel import (
+    check_share,
+    put_everywhere,
+    spread,
+    spread_sharding,
+)
 from metax.harness.training import train
 
 __all__ = ["evaluate", "evaluate_in_turn", "grid", "replicate"]
@@ -49,13 +54,9 @@ def replicate(loop: LoopLike, num_seeds: int, *, mesh: Mesh | None = None) -> Lo
             f"`replicate(num_seeds=...)` must be at least 1; got {num_seeds}."
         )
 
-    how: dict[str, Any] = {
-        "mesh": mesh,
-        "size": num_seeds,
-        "argument": "replicate(num_seeds=...)",
-    }
-    init_each = spread(loop.init, (0,), **how)
-    step_each = spread(loop.step, (0, 0, None), **how)
+    check_share("replicate(num_seeds=...)", num_seeds, mesh)
+    init_each = spread(loop.init, (0,), mesh)
+    step_each = spread(loop.step, (0, 0, None), mesh)
 
     def init(key: jax.Array) -> Any:
         return init_each(jax.random.split(key, num_seeds))
@@ -99,7 +100,7 @@ def grid(
       ([0.125, 8.0], (3, 2))
     """
     settings = jax.tree.map(jnp.asarray, settings)
-    size = _check_settings(settings, "grid")
+    check_share("grid(settings=...)", _check_settings(settings, "grid"), mesh)
 
     def init_one(setting: Any, key: jax.Array) -> Any:
         return build(setting).init(key)
@@ -107,9 +108,8 @@ def grid(
     def step_one(setting: Any, state: Any, key: jax.Array, data: Any) -> Any:
         return build(setting).step(state, key, data)
 
-    how: dict[str, Any] = {"mesh": mesh, "size": size, "argument": "grid(settings=...)"}
-    init_each = spread(init_one, (0, None), **how)
-    step_each = spread(step_one, (0, 0, None, None), **how)
+    init_each = spread(init_one, (0, None), mesh)
+    step_each = spread(step_one, (0, 0, None, None), mesh)
 
     def init(key: jax.Array) -> Any:
         return init_each(settings, key)

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from metax.base import Loop, LoopLike
 
 __all__ = [
+    "check_share",
     "device_mesh",
     "put_everywhere",
     "shard",
@@ -69,12 +70,7 @@ def device_mesh(num_devices: int | None = None) -> Mesh:
 
 
 def spread(
-    fn: Callable[..., Any],
-    in_axes: Sequence[int | None],
-    mesh: Mesh | None,
-    *,
-    size: int,
-    argument: str,
+    fn: Callable[..., Any], in_axes: Sequence[int | None], mesh: Mesh | None
 ) -> Callable[..., Any]:
     """`vmap`, of which each device of the mesh runs its share.
 
@@ -82,25 +78,53 @@ def spread(
       fn: what to run for one.
       in_axes: 0 or None for each of its arguments, as in `vmap`.
       mesh: the devices; None for a plain `vmap`.
-      size: the length of the axis, which the number of devices must divide.
-      argument: how an error names it, e.g. `"replicate(num_seeds=...)"`.
 
     Returns:
-      The function of the batched arguments, whose results are spread as well.
+      The function of the batched arguments, whose results are spread as well. It raises
+      ValueError where the devices do not divide the axis.
 
-    Raises:
-      ValueError: the devices do not divide `size`.
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from metax.harness import device_mesh, spread
+      >>> add = spread(jnp.add, (0, None), device_mesh(1))
+      >>> jax.jit(add)(jnp.arange(3), 10).tolist()
+      [10, 11, 12]
     """
     mapped = jax.vmap(fn, tuple(in_axes))
     if mesh is None:
         return mapped
-    _check_share(argument, size, mesh)
     share = P(mesh.axis_names)
     specs = tuple(P() if axis is None else share for axis in in_axes)
     # which results differ between devices need not be found out: all of them do
-    return jax.shard_map(
+    on_devices = jax.shard_map(
         mapped, mesh=mesh, in_specs=specs, out_specs=share, check_vma=False
     )
+
+    def run(*args: Any) -> Any:
+        batched = [x for x, axis in zip(args, in_axes, strict=True) if axis == 0]
+        for leaf in jax.tree.leaves(batched):
+            check_share("spread(...)(size of the axis)", leaf.shape[0], mesh)
+        return on_devices(*args)
+
+    return run
+
+
+def check_share(argument: str, size: int, mesh: Mesh | None) -> None:
+    """Refuses an axis that the devices do not divide.
+
+    Args:
+      argument: how the error names it, e.g. `"replicate(num_seeds=...)"`.
+      size: the length of the axis.
+      mesh: the devices; None for one.
+
+    Raises:
+      ValueError: `size` is no multiple of their number.
+    """
+    if mesh is not None and size % mesh.size:
+        raise ValueError(
+            f"`{argument}` must be a multiple of the number of devices; got {size} on "
+            f"{mesh.size} devices."
+        )
 
 
 def spread_sharding(mesh: Mesh) -> NamedSharding:
@@ -141,7 +165,7 @@ def shard(loop: LoopLike, mesh: Mesh, size: int) -> Loop:
       >>> float(train(loop, None, jax.random.key(0), num_steps=2)[0])
       3.0
     """
-    _check_share("shard(size=...)", size, mesh)
+    check_share("shard(size=...)", size, mesh)
     divided, whole = spread_sharding(mesh), NamedSharding(mesh, P())
     has_axis = lambda leaf: leaf.shape[:1] == (size,)
 
@@ -235,12 +259,3 @@ def start_processes() -> None:
             f"Kubernetes, or with {', '.join(PROCESS_VARIABLES)} set; got "
             f"{dict(zip(PROCESS_VARIABLES, given, strict=True))}: {error}"
         ) from error
-
-
-def _check_share(argument: str, size: int, mesh: Mesh) -> None:
-    if size % mesh.size:
-        name = argument.split("(")[-1].removesuffix("=...)")
-        raise ValueError(
-            f"`{argument}` must be a multiple of the {mesh.size} devices of the mesh; "
-            f"got {name}={size}, devices={mesh.size}."
-        )
