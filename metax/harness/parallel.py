@@ -177,10 +177,6 @@ def shard(loop: LoopLike, mesh: Mesh, size: int) -> Loop:
             lambda leaf: jax.lax.with_sharding_constraint(leaf, place(leaf)), tree
         )
 
-    def init(key: jax.Array) -> Any:
-        places = jax.tree.map(place, jax.eval_shape(loop.init, key))
-        return jax.jit(loop.init, out_shardings=places)(key)
-
     def step(state: Any, key: jax.Array, data: Any) -> tuple[Any, Any]:
         state, info = loop.step(constrain(state), key, data)
         leaves = jax.tree.leaves((state, info))
@@ -195,7 +191,10 @@ def shard(loop: LoopLike, mesh: Mesh, size: int) -> Loop:
         ask = lambda leaf: constrain(leaf) if has_axis(leaf) else leaf
         return constrain(state), jax.tree.map(ask, info)
 
-    return Loop(init, step)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    places = jax.tree.map(place, jax.eval_shape(loop.init, key))
+    # jitted, its shapes say where its arrays lie, for whoever restores them
+    return Loop(jax.jit(loop.init, out_shardings=places), step)
 
 
 def put_everywhere(data: Any, mesh: Mesh | None) -> Any:
