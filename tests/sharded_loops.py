@@ -5,6 +5,8 @@ bit for bit what two give that run the same shares. One `vmap` over all sixteen 
 device is another program: XLA's products of 2 and of 16 columns are different code, and
 programs for several devices go through other passes. There the last bits may differ;
 for each loop is printed whether they do.
+
+After that the two loops with an axis within a step, of eight rollouts and eight tasks.
 """
 
 import sys
@@ -13,14 +15,19 @@ import jax
 import numpy as np
 
 from metax import Loop, unroll
+from metax.amalgamation import amalgamate, pool, rnnprop
+from metax.autoloss import autoloss, controller, features
 from metax.harness import (
     device_mesh,
     put_everywhere,
     replicate,
+    shard,
     spread,
     start_devices,
 )
 from tests.loops import LOOPS
+from tests.loops import _alternating as alternating
+from tests.loops import _regression as regression
 
 NUM_DEVICES, NUM_SEEDS, NUM_STEPS = 8, 16, 3
 
@@ -71,6 +78,40 @@ def check(name, wanted, got, rtol):
         np.testing.assert_allclose(b, a, rtol=rtol, err_msg=what)
 
 
+def rollouts() -> Loop:
+    seen = features.running_norm(features.released("regression"))
+    options = {"features": seen, "num_steps": 4, "num_rollouts": 8, "chunk": 2}
+    return autoloss(alternating(full_batch=True), controller(2, (4,)), **options)
+
+
+def tasks() -> Loop:
+    options = {"truncation_length": 2, "unroll_length": 4, "num_tasks": 8}
+    return amalgamate(
+        regression(), rnnprop(4, 1), pool("small"), reduce="minmax", **options
+    )
+
+
+def work(loop: Loop, data):
+    """Three steps, and the operations of one device for one."""
+    key_init, key_steps = keys()
+    state = loop.init(key_init)
+    step = jax.jit(loop.step).lower(state, key_steps[0], data).compile()
+    walk = jax.jit(lambda *args: unroll(loop, *args))
+    found = jax.device_get(walk(state, key_steps, data))
+    return found, step.cost_analysis()["flops"]
+
+
+def check_inside(name: str, loop: Loop, mesh) -> None:
+    """A quarter of the operations at most: what is not of the axis all devices do."""
+    data = LOOPS["inner_loop"].data()
+    wanted, alone = work(loop, data)
+    found, shared = work(shard(loop, mesh, 8), put_everywhere(data, mesh))
+    # sums over the axis are made device by device
+    check(name, wanted, found, rtol=1e-9)
+    assert shared < alone / 4, (name, shared, alone)
+    print(name, "divided", flush=True)
+
+
 def main() -> None:
     jax.config.update("jax_enable_x64", True)
     start_devices(NUM_DEVICES)
@@ -88,6 +129,9 @@ def main() -> None:
         check(name, whole, found, rtol=1e-10)
         same = jax.tree.map(np.array_equal, whole, found)
         print(name, "equal" if all(jax.tree.leaves(same)) else "rounded", flush=True)
+    if not sys.argv[1:]:
+        check_inside("rollouts", rollouts(), mesh)
+        check_inside("tasks", tasks(), mesh)
 
 
 if __name__ == "__main__":
