@@ -119,6 +119,21 @@ def test_flags_inside_a_run_count_together():
     np.testing.assert_array_equal(infos.count[:, 0], [1, 1, np.nan, np.nan])
 
 
+def test_what_is_frozen_stays_so_though_the_next_step_would_do():
+    def step(x, key, data):
+        return x + 1, Info(x, x, jax.random.bernoulli(key))
+
+    loop = Loop(lambda key: jnp.zeros(()), step)
+    run = lambda loop: train(loop, None, KEY, STEPS, check_finite=False)
+    flags = run(loop)[1].is_finite
+    first = int(flags.argmin())
+    assert 0 < first < STEPS - 1
+    assert flags[first:].any()
+    state, infos = run(freeze(loop, None))
+    assert infos.is_finite.tolist() == [True] * first + [False] * (STEPS - first)
+    assert float(state.state) == first
+
+
 def test_loops_that_recover_can_be_left_alone():
     _, infos = evaluate(growing(5.0), None, KEY, STEPS, num_seeds=1, freeze=False)
     assert infos.is_finite[0].tolist() == [True, True, False, True, True, True]
