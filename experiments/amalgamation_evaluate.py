@@ -109,7 +109,9 @@ def groups(asked: tuple[str, ...]) -> dict[str, Group]:
     return together
 
 
-def measure(config: Config, name: str) -> tuple[dict[str, Race], dict[str, list]]:
+def measure(
+    config: Config, name: str, mesh: Any
+) -> tuple[dict[str, Race], dict[str, list]]:
     """All optimizers on one problem: races by label, and the settings of each."""
     optimizee, *sets = problem(name, config.data_dir)
     how: dict[str, Any] = {
@@ -117,6 +119,7 @@ def measure(config: Config, name: str) -> tuple[dict[str, Race], dict[str, list]
         "judge_every": config.judge_every,
         "num_seeds": config.num_evaluations,
         "last": config.steps_per_epoch,
+        "mesh": mesh,
     }
     key, races, settings = jax.random.key(config.seed), {}, {}
     rates = np.asarray(RATES, np.float32)
@@ -221,11 +224,13 @@ def across(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, presets=PRESETS, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
+    )
     run, begin = create_run(options.out, config), time.perf_counter()
     finished = {row["problem"] for row in read_metrics(run)}
     for name in [name for name in config.problems if name not in finished]:
-        append_metrics(run, rows_of(config, name, *measure(config, name)))
+        append_metrics(run, rows_of(config, name, *measure(config, name, options.mesh)))
     rows = read_metrics(run)
     lines = [line for name in config.problems for line in table(rows, name)]
     for line in lines:

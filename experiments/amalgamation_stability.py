@@ -34,10 +34,12 @@ from metax.harness import (
     optimization_stability,
     parse,
     plot_panels,
+    put_everywhere,
     read_metrics,
     replicate,
     write_summary,
 )
+from metax.harness.processes import all_on_host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +110,15 @@ def training(config: Config, changes: dict[str, Any]) -> Training:
     return Training(**{**asked, **rest, **plain, **changes})
 
 
-def train(config: Config, changes: dict[str, Any], optimizee: Any, data: Any) -> Any:
+def train(
+    config: Config, changes: dict[str, Any], optimizee: Any, data: Any, mesh: Any
+) -> Any:
     """The weights of all replicates after the last stage, leaves [R, ...]."""
     own = training(config, changes)
     teachers = {} if config.reduce == "none" else dict(pool("small"))
     one = build(own, optimizee, student_of(own), teachers)
-    loop = replicate(one, config.num_replicates)
+    loop = replicate(one, config.num_replicates, mesh=mesh)
+    data = put_everywhere(data, mesh)
     key_init, key = jax.random.split(jax.random.key(config.seed))
     state, run = loop.init(key_init), host_unroll(loop)
     for i, stage in enumerate(stages(own)):
@@ -127,15 +132,16 @@ def train(config: Config, changes: dict[str, Any], optimizee: Any, data: Any) ->
         num = config.trajectories[i] * config.depths[i]
         keys = jax.random.split(jax.random.fold_in(key, i), num)
         state, _ = run(loop, state, keys, data)
-    return state.theta
+    return all_on_host(state.theta)
 
 
 def rows_of(
-    config: Config, name: str, changes: dict[str, Any], optimizee: Any, sets: tuple
-) -> list[dict[str, Any]]:
+    config: Config, name: str, changes: dict[str, Any], optimizee: Any, sets: tuple,
+    mesh: Any,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Trains the replicates of one cell and runs each; one row a run."""
     own = training(config, changes)
-    theta = train(config, changes, optimizee, sets[0])
+    theta = train(config, changes, optimizee, sets[0], mesh)
     outcome = race(
         optimizee, learned(student_of(own), **warmup(own)), theta, sets,
         jax.random.key(config.seed + 1), num_steps=config.num_steps,
@@ -179,13 +185,15 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, presets=PRESETS, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
+    )
     run, begin = create_run(options.out, config), time.perf_counter()
     optimizee, *sets = problem(config.optimizee, config.data_dir)
     finished, found = {row["cell"] for row in read_metrics(run)}, {}
     for name, changes in cells(config).items():
         if name not in finished:
-            rows = rows_of(config, name, changes, optimizee, tuple(sets))
+            rows = rows_of(config, name, changes, optimizee, tuple(sets), options.mesh)
             append_metrics(run, rows)
         own = [row for row in read_metrics(run) if row["cell"] == name]
         found[name] = summarise(own)

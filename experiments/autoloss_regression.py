@@ -118,7 +118,7 @@ def learned_kinds(config: Config) -> dict[str, str]:
     return {"AutoLoss": "none", "context-free": "none", **without}
 
 
-def build(config: Config) -> dict[str, Any]:
+def build(config: Config, mesh: Any = None) -> dict[str, Any]:
     """The compiled parts, which all data sets share."""
     problem = lambda lam: problem_of(config, lam)
     parts: dict[str, Any] = {
@@ -126,7 +126,9 @@ def build(config: Config) -> dict[str, Any]:
         for name, (make, settings) in hand_made(config).items()
     }
     for name, drop in learned_kinds(config).items():
-        parts[name] = schedule_runs.learning_parts(config, name, problem, drop=drop)
+        parts[name] = schedule_runs.learning_parts(
+            config, name, problem, drop=drop, mesh=mesh
+        )
     parts["score"] = schedule_runs.scorer(problem(config.lam), "test_excess")
     return parts
 
@@ -260,9 +262,11 @@ def summarise(seeds: list[int], found: list[Rows]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, presets=PRESETS, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
+    )
     run, begin = create_run(options.out, config), time.perf_counter()
-    parts = build(config)
+    parts = build(config, options.mesh)
     seeds = [config.first_seed + i for i in range(config.num_seeds)]
     found = schedule_runs.cells(
         run, seeds, lambda seed: _reported(seed, measure(config, parts, seed))

@@ -54,7 +54,9 @@ def rules(smoothness: float) -> dict[str, optax.GradientTransformation]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, presets=PRESETS, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
+    )
     jax.config.update("jax_enable_x64", True)
     run, begin = create_run(options.out, config), time.perf_counter()
     rows = census_like()
@@ -62,7 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, rule in rules(float(np.linalg.norm(rows, 2) ** 2)).items():
         how = {"num_seeds": config.num_seeds, "chunk": config.steps, "progress": name}
         key = jax.random.key(config.seed)
-        _, infos = evaluate(inner_loop(task, rule), rows, key, config.steps, **how)
+        _, infos = evaluate(
+            inner_loop(task, rule), rows, key, config.steps, mesh=options.mesh, **how
+        )
         solved = infos.grad_norm < config.tolerance
         counts = np.where(solved.any(1), 1.0 + solved.argmax(1), np.inf)
         quartiles = np.percentile(counts, [0, 25, 50, 75, 100], method="nearest")

@@ -120,7 +120,9 @@ def measure(infos: Any) -> dict[str, np.ndarray]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, presets=PRESETS, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
+    )
     run = create_run(options.out, config)
     begin, data = time.perf_counter(), load(config.dataset, data_dir=config.data_dir)
     key, image, cells = jax.random.key(config.seed), data.train.image[0], rules(config)
@@ -129,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         rule, settings = cells[name][0], jax.tree.map(np.float32, cells[name][1])
         loop = grid(lambda s, rule=rule: build(config, image, rule(s)), settings)
         how = {"num_seeds": config.num_seeds, "chunk": 1, "progress": name}
-        _, infos = evaluate(loop, data, key, config.epochs, **how)
+        _, infos = evaluate(loop, data, key, config.epochs, mesh=options.mesh, **how)
         measured = measure(infos)
         seeds, times, choices = map(range, measured["train_loss"].shape)
         axes = {"seed": seeds, "epoch": [t + 1 for t in times], "setting": choices}

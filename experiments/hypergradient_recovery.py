@@ -97,7 +97,9 @@ def build(
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, presets=PRESETS, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
+    )
     run = create_run(options.out, config)
     begin, data = time.perf_counter(), load(config.dataset, data_dir=config.data_dir)
     key, image = jax.random.key(config.seed), data.train.image[0]
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
             lambda a, rule=rule: build(config, image, rule(a)), np.float32(rates)
         )
         how = {"num_seeds": config.num_seeds, "chunk": 1, "progress": name}
-        _, infos = evaluate(loop, data, key, config.epochs, **how)
+        _, infos = evaluate(loop, data, key, config.epochs, mesh=options.mesh, **how)
         measured = {
             "train_loss": infos.steps.loss[:, -1].mean(-1),
             "valid_loss": infos.metrics["loss"][:, -1],

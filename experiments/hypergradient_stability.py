@@ -64,8 +64,8 @@ LAW_BETAS = np.logspace(-1, 3, 25)  # of β·n
 QUADRATIC_STEPS = 300
 
 
-def failure(config: Config, data: Any) -> dict[str, dict[str, Any]]:
-    """Runs the MLP with each guard; a diverging run is carried on and reported."""
+def failure(config: Config, data: Any, mesh: Any) -> dict[str, dict[str, Any]]:
+    """Runs the MLP with each guard; a diverging run freezes and is reported."""
     mean, std = normalization(config.dataset)
     how = {"batch_size": config.batch_size, "mean": mean, "std": std}
     task = image_classification(MLP(10), data.train.image[0], **how)
@@ -78,7 +78,7 @@ def failure(config: Config, data: Any) -> dict[str, dict[str, Any]]:
             observe=lambda state: optax.tree.get(state, "learning_rate"),
         )
         key, seeds = jax.random.key(config.seed), config.num_seeds
-        how = {"num_seeds": seeds, "progress": name}
+        how = {"num_seeds": seeds, "progress": name, "mesh": mesh}
         _, infos = evaluate(loop, data.train, key, config.steps, **how)
         bad = ~np.isfinite(infos.loss)
         table[name] = {
@@ -108,7 +108,7 @@ def quadratic(n: int) -> Task:
     )
 
 
-def law(config: Config) -> dict[str, dict[int, Any]]:
+def law(config: Config, mesh: Any) -> dict[str, dict[int, Any]]:
     """Largest stable β·n of the additive rule; whether the normalised are stable."""
     table: dict[str, dict[int, Any]] = {"additive, β·n": {}}
     for n in config.sizes:
@@ -116,7 +116,7 @@ def law(config: Config) -> dict[str, dict[int, Any]]:
         build = lambda beta, rule="additive", n=n: inner_loop(
             quadratic(n), adam_hd(config.learning_rate, beta, rule=rule)
         )
-        stable = is_stable(config, build, eigenvalues, LAW_BETAS / n)
+        stable = is_stable(config, build, eigenvalues, LAW_BETAS / n, mesh)
         first_bad = stable.shape[1] if stable.all() else int(stable.all(0).argmin())
         table["additive, β·n"][n] = LAW_BETAS[max(first_bad - 1, 0)]
         for rule, betas in {
@@ -124,28 +124,34 @@ def law(config: Config) -> dict[str, dict[int, Any]]:
             "normalized": [0.01, 1.0],
         }.items():
             build_rule = lambda beta, rule=rule, build=build: build(beta, rule)
-            held = is_stable(config, build_rule, eigenvalues, np.array(betas)).all(0)
+            held = is_stable(
+                config, build_rule, eigenvalues, np.array(betas), mesh
+            ).all(0)
             table.setdefault(f"{rule} {betas}", {})[n] = held
     return table
 
 
 def is_stable(
-    config: Config, build: Callable[[Any], Loop], eigenvalues: np.ndarray, betas: Any
-) -> np.ndarray:
+    config: Config, build: Callable[[Any], Loop], eigenvalues: np.ndarray, betas: Any,
+    mesh: Any,
+) -> np.ndarray:  # fmt: skip
     """[seeds, settings]: never above 10 times the first loss, and at the end below."""
     loop, key = grid(build, np.float32(betas)), jax.random.key(config.seed)
     seeds, data = config.num_seeds, np.float32(eigenvalues)
-    _, infos = evaluate(loop, data, key, QUADRATIC_STEPS, num_seeds=seeds)
+    _, infos = evaluate(loop, data, key, QUADRATIC_STEPS, num_seeds=seeds, mesh=mesh)
     loss = np.nan_to_num(infos.loss, nan=np.inf)
     first = loss[:, :1]
     return (loss <= 10 * first).all(1) & (loss[:, -1] < first[:, 0])
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, presets=PRESETS, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
+    )
     run = create_run(options.out, config)
     begin, data = time.perf_counter(), load(config.dataset, data_dir=config.data_dir)
-    failures, laws = failure(config, data), law(config)
+    mesh = options.mesh
+    failures, laws = failure(config, data, mesh), law(config, mesh)
     for name, row in failures.items():
         rates = " ".join(f"{rate:.2g}" for rate in row["learning_rate"][0][:8])
         print(f"{name:38} diverged at {row['diverged_at_step']}, rate {rates}")

@@ -161,12 +161,14 @@ def _worth(judged: ImageTuning, part: Part, state: Any, data: TuningData) -> Any
 def run_watched(
     judged: ImageTuning, build: Callable[[Any], Part], settings: Any, data: TuningData,
     key: jax.Array, num: int, num_seeds: int, label: str, *, by_step: bool = False,
-    see: Callable[[Watched], Any] = lambda infos: None,
+    see: Callable[[Watched], Any] = lambda infos: None, mesh: Any = None,
 ) -> tuple[Watched, float]:  # fmt: skip
     """Infos [seeds, `num`, settings, ...], and the seconds without compilation.
 
     All runs are one program, or, `by_step`, a step is one and the runs take turns.
     """
+    if by_step and mesh is not None:
+        raise SystemExit("--by-step takes its runs in turn: --devices must be 1")
     marks = [time.perf_counter()]
 
     def look(infos: Watched) -> None:
@@ -181,8 +183,9 @@ def run_watched(
     else:
         loop = grid(lambda setting: watch(judged, build(setting)), settings)
         on_chunk = lambda step, state, infos: look(infos)
-        how: dict[str, Any] = {"chunk": 1, "on_chunk": on_chunk, "progress": label}
-        _, infos = evaluate(loop, data, key, num, num_seeds=num_seeds, **how)
+        how: dict[str, Any] = {"chunk": 1, "on_chunk": on_chunk}
+        how |= {"num_seeds": num_seeds, "progress": label, "mesh": mesh}
+        _, infos = evaluate(loop, data, key, num, **how)
         turns = num
     # the first stretch holds the compilation
     return infos, float(np.median(np.diff(marks)[-max(turns - 1, 1) :]) * turns)

@@ -86,6 +86,7 @@ def race(
     num_seeds: int,
     last: int,
     label: str | None = None,
+    mesh: Any = None,
 ) -> Race:
     """Runs `build(setting)` for all settings and seeds, in one compiled program.
 
@@ -100,6 +101,7 @@ def race(
       num_seeds: runs of each setting.
       last: a multiple of `judge_every`: steps over which the last loss is averaged.
       label: of a progress bar.
+      mesh: devices to spread the seeds over; None for one.
     """
 
     def judged(setting: Any) -> Loop:
@@ -114,7 +116,7 @@ def race(
         return Loop(loop.init, step)
 
     num = num_steps // judge_every
-    how: dict[str, Any] = {"num_seeds": num_seeds, "progress": label}
+    how: dict[str, Any] = {"num_seeds": num_seeds, "progress": label, "mesh": mesh}
     loop = grid(judged, settings)
     # a run that diverges is a result
     _, (losses, found) = evaluate(loop, data, key, num, **how)

@@ -38,7 +38,8 @@ from metax.autoloss import (
     rollout,
     running_norm,
 )
-from metax.harness import paired_difference, write_json
+from metax.harness import paired_difference, spread, write_json
+from metax.harness.processes import all_on_host
 
 # entries of a feature vector that are made of something, for ablations
 PARTS = {
@@ -123,6 +124,7 @@ def learning_parts(
     *,
     task: Any = "regression",
     drop: str = "none",
+    mesh: Any = None,
 ) -> tuple[Callable, Callable]:
     """A `learner` of a kind of controller, and a `leader` of runs that it guides.
 
@@ -134,7 +136,9 @@ def learning_parts(
     seen = seen_by(blind if is_blind else config, task, drop)
     net = network(config, kind)
     learn = learner(
-        lambda lam: loop_of(config, problem_of(lam), net, seen), config.num_updates
+        lambda lam: loop_of(config, problem_of(lam), net, seen),
+        config.num_updates,
+        mesh,
     )
     return learn, leader(guided(problem_of, net, seen), config.num_steps)
 
@@ -214,8 +218,10 @@ def leader(build: Build, num_steps: int, *, early_stopping: bool = False) -> Cal
     return jax.jit(lead)
 
 
-def learner(build: Callable[[Any], Loop], num_updates: int) -> Callable:
-    """Controllers trained side by side by the loop `build(setting)`.
+def learner(
+    build: Callable[[Any], Loop], num_updates: int, mesh: Any = None
+) -> Callable:
+    """Controllers trained side by side, over the devices, by the loop `build(setting)`.
 
     Returns:
       `learn(settings, keys [C], data) -> Learned`; settings are a tree with a leading
@@ -243,7 +249,8 @@ def learner(build: Callable[[Any], Loop], num_updates: int) -> Callable:
             num_steps=infos.num_steps,
         )
 
-    return jax.jit(jax.vmap(one, in_axes=(0, 0, None)))
+    learn = jax.jit(spread(one, (0, 0, None), mesh))
+    return learn if mesh is None else lambda *args: all_on_host(learn(*args))
 
 
 def guided(

@@ -156,8 +156,9 @@ def settings(config: Config, name: str) -> list[tuple[float, float]]:
 
 
 def measure(
-    config: Config, judged: ImageTuning, data: TuningData, key: jax.Array, name: str
-) -> list[dict]:
+    config: Config, judged: ImageTuning, data: TuningData, key: jax.Array, name: str,
+    mesh: Any,
+) -> list[dict]:  # fmt: skip
     """Runs a method from all seeds at all settings side by side; rows of metrics."""
     pairs, warned = settings(config, name), []
 
@@ -172,7 +173,17 @@ def measure(
     rates = tuple(np.asarray(pairs, np.float32).T)
     num, seeds = config.num_steps // config.eval_every, config.num_seeds
     infos, seconds = run_watched(
-        judged, one, rates, data, key, num, seeds, name, by_step=config.by_step, see=see
+        judged,
+        one,
+        rates,
+        data,
+        key,
+        num,
+        seeds,
+        name,
+        by_step=config.by_step,
+        see=see,
+        mesh=mesh,
     )
     shape, steps = (seeds, num, len(pairs)), infos.steps
     if name in FIXED:
@@ -262,7 +273,9 @@ def show(name: str, outcome: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, presets=PRESETS, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
+    )
     if config.num_steps % config.eval_every or config.eval_every % config.train_steps:
         raise SystemExit(
             "--eval-every must divide --num-steps and be a multiple of --train-steps"
@@ -273,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     judged = network(config, data.train.image[0])
     finished = {row["method"] for row in read_metrics(run)}
     for name in [name for name in config.methods if name not in finished]:
-        append_metrics(run, measure(config, judged, data, key, name))
+        append_metrics(run, measure(config, judged, data, key, name, options.mesh))
     report(run, config, judged, time.perf_counter() - begin)
 
 

@@ -81,12 +81,14 @@ def build(config: Config, judged: ImageTuning, name: str, start: Any) -> Part:
 
 
 def measure(
-    config: Config, judged: ImageTuning, data: Any, key: jax.Array, name: str
+    config: Config, judged: ImageTuning, data: Any, key: jax.Array, name: str, mesh: Any
 ) -> list[dict]:
     one = lambda start: build(config, judged, name, start)
     num, seeds = config.num_steps // config.eval_every, config.num_seeds
     starts = np.asarray(config.starts, np.float32)
-    infos, seconds = run_watched(judged, one, starts, data, key, num, seeds, name)
+    infos, seconds = run_watched(
+        judged, one, starts, data, key, num, seeds, name, mesh=mesh
+    )
     if name == "fixed":
         rates = np.broadcast_to(starts, (seeds, num, len(starts)))
         hparams = dict.fromkeys(judged.problem.hparams, rates)
@@ -133,14 +135,16 @@ def report(run: Any, config: Config, names: list[str], seconds: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, argv=argv, description=__doc__, several_devices=True
+    )
     run, begin = create_run(options.out, config), time.perf_counter()
     key_labels, key = jax.random.split(jax.random.key(config.seed))
     data = prepare(config, key_labels)
     judged = network(config, data.train.image[0])
     finished = {row["method"] for row in read_metrics(run)}
     for name in [name for name in METHODS if name not in finished]:
-        append_metrics(run, measure(config, judged, data, key, name))
+        append_metrics(run, measure(config, judged, data, key, name, options.mesh))
     names = list(judged.problem.hparams)
     report(run, config, names, time.perf_counter() - begin)
 

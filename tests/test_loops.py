@@ -127,14 +127,14 @@ def test_nonfinite_step_is_reported_and_stops_the_run(name):
 
 
 @pytest.mark.slow
-def test_replicates_sharded_over_devices_equal_vmapped():
+def test_loops_spread_over_devices_equal_vmapped():
     """All loops at once, in a process of its own that has eight virtual devices."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.sharded_loops"],
         cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == list(LOOPS)
+    assert done.stdout.split()[::2] == [*LOOPS, "rollouts", "tasks"]
 
 
 def run_until(name, folder, num_steps):

@@ -1,7 +1,8 @@
 """The command line of an experiment: a frozen dataclass becomes flags.
 
-The dataclass stays in the script; the library never sees it. Three flags are common to
-all scripts: `--preset`, `--out` and `--resume`.
+The dataclass stays in the script; the library never sees it. Five flags are common to
+all scripts: `--preset`, `--out` and `--resume` say what is run and where it is written,
+`--devices` and `--distributed` on what.
 """
 
 import argparse
@@ -13,26 +14,39 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import tyro
+from jax.sharding import Mesh
 
+from metax.harness.parallel import device_mesh, start_devices, start_processes
 from metax.harness.records import read_config
 
 __all__ = ["RunOptions", "parse"]
 
 Config = TypeVar("Config")
 
-COMMON_FLAGS = ("preset", "out", "resume")
+EARLY_FLAGS = ("preset", "out", "resume")
+COMMON_FLAGS = (*EARLY_FLAGS, "devices", "distributed")
 
 
 class RunOptions(NamedTuple):
-    """Where a run is written.
+    """Where a run is written, and on what it runs.
 
     Attributes:
       out: the folder of the run.
       resume: whether to go on with the run that is there.
+      devices: over how many devices, of each process, the work is spread.
+      distributed: whether this process is one of several.
     """
 
     out: Path
     resume: bool
+    devices: int = 1
+    distributed: bool = False
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices, for `evaluate` and `replicate`; None where there is but one."""
+        is_one = self.devices == 1 and not self.distributed
+        return None if is_one else device_mesh(self.devices)
 
 
 def parse(
@@ -41,13 +55,17 @@ def parse(
     presets: Mapping[str, Config] | None = None,
     argv: Sequence[str] | None = None,
     description: str | None = None,
+    several_devices: bool = False,
 ) -> tuple[Config, RunOptions]:
     """Reads a config and the options of the run from the command line.
 
     `--preset NAME` takes the defaults from a named config, and other flags override
     them. `--out DIR` names the folder of the run, by default
     `runs/SCRIPT-YEARMONTHDAY-TIME`. `--resume DIR` takes the config from that folder;
-    flags beside it must not change it. Bad flags end the program with exit code 2.
+    flags beside it must not change it. `--devices N` asks for N devices: the first of
+    the GPUs, or N virtual ones of the CPU. `--distributed` makes this process one of
+    several, with N devices each, see `start_processes`. Neither belongs to the config:
+    a resumed run may have others. Bad flags end the program with exit code 2.
 
     Args:
       config_type: a frozen dataclass of plain scalars (or tuples of them) that all have
@@ -55,12 +73,14 @@ def parse(
       presets: names to instances of `config_type`.
       argv: the arguments without the program's name; `sys.argv[1:]` by default.
       description: what `--help` says first; that of the dataclass by default.
+      several_devices: whether the script spreads its work over `options.mesh`; if not,
+        both flags are refused.
 
     Returns:
       The config, and where to write.
 
     Raises:
-      ValueError: a field of the dataclass is named like one of the three flags.
+      ValueError: a field of the dataclass is named like one of the five flags.
       SystemExit: bad flags (exit code 2), or `--help` (exit code 0).
 
     Example:
@@ -79,7 +99,7 @@ def parse(
     presets = presets or {}
     argv = sys.argv[1:] if argv is None else list(argv)
     _check_fields(config_type)
-    # three flags decide on the defaults of the others, so they are read first
+    # these flags decide on the defaults of the others, so they are read first
     common = _common_parser()
     flags, _ = common.parse_known_args(argv)
     default = presets.get(flags.preset, config_type())
@@ -90,9 +110,11 @@ def parse(
         args=argv,
         description=description or (config_type.__doc__ or "").split("\n\n")[0],
     )
+    on = {"devices": command.devices, "distributed": command.distributed}
     if flags.resume is None:
+        _start(command, several_devices, common)
         out = command.out or _default_folder()
-        return command.config, RunOptions(out=out, resume=False)
+        return command.config, RunOptions(out=out, resume=False, **on)
     # a preset must not change it either, though the stored values won over it
     for asked in (presets.get(flags.preset, default), command.config):
         if asked != default:
@@ -102,12 +124,34 @@ def parse(
             )
     if command.out not in (None, command.resume):
         common.error("--resume DIR writes to DIR: leave --out away")
-    return default, RunOptions(out=command.resume, resume=True)
+    _start(command, several_devices, common)
+    return default, RunOptions(out=command.resume, resume=True, **on)
+
+
+def _start(
+    command: Any, several_devices: bool, parser: argparse.ArgumentParser
+) -> None:
+    """Begins JAX with the processes and devices that were asked for."""
+    if not command.distributed and command.devices == 1:
+        return
+    if not several_devices:
+        parser.error(
+            "--devices and --distributed: this script runs on one device, one run "
+            "after the other"
+        )
+    if command.distributed and command.out is None and command.resume is None:
+        parser.error("--distributed needs --out DIR, the same folder for every process")
+    try:
+        if command.distributed:
+            start_processes()
+        start_devices(command.devices)
+    except ValueError as error:
+        parser.error(f"--devices {command.devices}: {error}")
 
 
 def _common_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in COMMON_FLAGS:
+    for flag in EARLY_FLAGS:
         parser.add_argument(f"--{flag}")
     return parser
 
@@ -115,20 +159,26 @@ def _common_parser() -> argparse.ArgumentParser:
 def _command_type(config_type: type, default: Any, presets: tuple[str, ...]) -> type:
     """The dataclass tyro reads: the fields of the config, and the common flags."""
 
-    def flag(name: str, kind: Any, metavar: str, text: str) -> tuple[str, Any, Any]:
-        kind = Annotated[kind | None, tyro.conf.arg(metavar=metavar, help=text)]
-        return name, kind, dataclasses.field(default=None)
+    def flag(
+        name: str, kind: Any, metavar: str | None, text: str, default: Any = None
+    ) -> tuple[str, Any, Any]:
+        kind = Annotated[kind, tyro.conf.arg(metavar=metavar, help=text)]
+        return name, kind, dataclasses.field(default=default)
 
+    folder, count = Path | None, "Devices to spread the work over, of each process."
+    switch = tyro.conf.FlagCreatePairsOff[bool]
     config = dataclasses.field(default_factory=lambda: default)
     fields = [
         ("config", tyro.conf.OmitArgPrefixes[config_type], config),
-        flag("out", Path, "DIR", "Folder of the run."),
-        flag("resume", Path, "DIR", "Folder of a run to go on with."),
+        flag("out", folder, "DIR", "Folder of the run."),
+        flag("resume", folder, "DIR", "Folder of a run to go on with."),
+        flag("devices", int, "N", count, 1),
+        flag("distributed", switch, None, "Be one of several processes.", False),
     ]
     if presets:
         names: Any = Literal[presets]
         text = "Named defaults, which other flags override."
-        fields.append(flag("preset", names, f"{{{','.join(presets)}}}", text))
+        fields.append(flag("preset", names | None, f"{{{','.join(presets)}}}", text))
     return dataclasses.make_dataclass("Command", fields)
 
 

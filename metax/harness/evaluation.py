@@ -1,8 +1,11 @@
 """Many runs as one: replicates and grids are loops made of loops.
 
 Each takes a `Loop` and returns a `Loop`, so they nest: `replicate(grid(...), 5)` runs a
-grid of settings from five seeds in one compiled program. `evaluate_in_turn` runs the
-same one after another, for steps that a scan or a vmap slows down.
+grid of settings from five seeds in one compiled program. Given a mesh, either spreads
+its axis over the devices, each of which runs the `vmap` of its share: the numbers are
+those of that `vmap` bit for bit, and those of another share up to rounding, since a
+product of two columns and one of sixteen are different code. `evaluate_in_turn` runs
+the same one after another, for steps that a scan or a vmap slows down.
 """
 
 import itertools
@@ -13,15 +16,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from metax.base import Loop, LoopLike, check_key
+from metax.harness.freezing import freeze as frozen_loop
+from metax.harness.parallel import (
+    check_share,
+    put_everywhere,
+    spread,
+    spread_sharding,
+)
 from metax.harness.training import train
 
 __all__ = ["evaluate", "evaluate_in_turn", "grid", "replicate"]
 
 
-def replicate(loop: LoopLike, num_seeds: int) -> Loop:
+def replicate(loop: LoopLike, num_seeds: int, *, mesh: Mesh | None = None) -> Loop:
     """Runs independent copies of `loop` side by side.
 
     Copy s uses `split(key, num_seeds)[s]` of the key of `init`, and of that of each
@@ -30,29 +41,35 @@ def replicate(loop: LoopLike, num_seeds: int) -> Loop:
     Args:
       loop: what to run.
       num_seeds: the number of copies; at least 1. Memory and time grow with it.
+      mesh: devices to spread the copies over, see `device_mesh`; None for one device.
 
     Returns:
       A `Loop` whose state and info have a leading axis of `num_seeds`.
 
     Raises:
-      ValueError: `num_seeds` is below 1.
+      ValueError: `num_seeds` is below 1, or no multiple of the number of devices.
     """
     if num_seeds < 1:
         raise ValueError(
             f"`replicate(num_seeds=...)` must be at least 1; got {num_seeds}."
         )
 
+    check_share("replicate(num_seeds=...)", num_seeds, mesh)
+    init_each = spread(loop.init, (0,), mesh)
+    step_each = spread(loop.step, (0, 0, None), mesh)
+
     def init(key: jax.Array) -> Any:
-        return jax.vmap(loop.init)(jax.random.split(key, num_seeds))
+        return init_each(jax.random.split(key, num_seeds))
 
     def step(state: Any, key: jax.Array, data: Any) -> tuple[Any, Any]:
-        keys = jax.random.split(key, num_seeds)
-        return jax.vmap(loop.step, (0, 0, None))(state, keys, data)
+        return step_each(state, jax.random.split(key, num_seeds), data)
 
-    return Loop(init=init, step=step)
+    return Loop(init=_placed(init, mesh), step=step)
 
 
-def grid(build: Callable[[Any], Loop], settings: Any) -> Loop:
+def grid(
+    build: Callable[[Any], Loop], settings: Any, *, mesh: Mesh | None = None
+) -> Loop:
     """Runs one loop a setting side by side, all with the same keys.
 
     The settings share the initial parameters and every batch (common random numbers):
@@ -62,12 +79,14 @@ def grid(build: Callable[[Any], Loop], settings: Any) -> Loop:
       build: `build(setting) -> Loop`, where the setting is a pytree of traced scalars;
         whatever it checks must not look at their values.
       settings: the same tree, its leaves with one more, leading, axis of settings.
+      mesh: devices to spread the settings over; None for one device.
 
     Returns:
       A `Loop` whose state and info have a leading axis of settings.
 
     Raises:
-      ValueError: the leaves have no leading axis, or differ in its length.
+      ValueError: the leaves have no leading axis, or differ in its length, or it is no
+        multiple of the number of devices.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -81,18 +100,24 @@ def grid(build: Callable[[Any], Loop], settings: Any) -> Loop:
       ([0.125, 8.0], (3, 2))
     """
     settings = jax.tree.map(jnp.asarray, settings)
-    _check_settings(settings, "grid")
+    check_share("grid(settings=...)", _check_settings(settings, "grid"), mesh)
+
+    def init_one(setting: Any, key: jax.Array) -> Any:
+        return build(setting).init(key)
+
+    def step_one(setting: Any, state: Any, key: jax.Array, data: Any) -> Any:
+        return build(setting).step(state, key, data)
+
+    init_each = spread(init_one, (0, None), mesh)
+    step_each = spread(step_one, (0, 0, None, None), mesh)
 
     def init(key: jax.Array) -> Any:
-        return jax.vmap(lambda setting: build(setting).init(key))(settings)
+        return init_each(settings, key)
 
     def step(state: Any, key: jax.Array, data: Any) -> tuple[Any, Any]:
-        def step_one(setting: Any, state: Any) -> tuple[Any, Any]:
-            return build(setting).step(state, key, data)
+        return step_each(settings, state, key, data)
 
-        return jax.vmap(step_one)(settings, state)
-
-    return Loop(init=init, step=step)
+    return Loop(init=_placed(init, mesh), step=step)
 
 
 def evaluate(
@@ -105,11 +130,15 @@ def evaluate(
     chunk: int | None = None,
     on_chunk: Callable[[int, Any, Any], Any] | None = None,
     progress: str | None = None,
+    mesh: Mesh | None = None,
+    freeze: bool = True,
 ) -> tuple[Any, Any]:
     """Trains `num_seeds` replicates of `loop`, and lets each of them diverge alone.
 
-    A replicate that stops being finite is carried on: its infos say so, and no other
-    replicate notices.
+    A replicate, or a setting of a grid in it, whose `is_finite` is false stays as it
+    was before that step, and no other notices; its later infos are NaN, as with
+    `metax.harness.freeze`. `first_non_finite(infos)` says when that was. To rank runs
+    look at their infos: the last state of a frozen one may look sound.
 
     Args:
       loop: what to run; a `grid` for a sweep.
@@ -119,7 +148,11 @@ def evaluate(
       num_seeds: the number of replicates; at least 1.
       chunk: as in `train`.
       on_chunk: as in `train`; it sees infos of shape [chunk, num_seeds, ...].
-      progress: as in `train`.
+      progress: as in `train`; runs that freeze are named on stderr as well.
+      mesh: devices to spread the replicates over, see `device_mesh`; None for one.
+      freeze: false for loops that recover by themselves, as `amalgamate` does: then a
+        run that is not finite is carried on. Without effect where the info has no
+        field `is_finite`.
 
     Returns:
       The last states, with a leading axis of seeds, and the infos as numpy arrays of
@@ -128,17 +161,58 @@ def evaluate(
     Raises:
       ValueError: as in `train` and `replicate`.
     """
+    check_key(key, "evaluate(key=...)")
+    # jitted, a step is traced once, although it is asked for the shapes of its info
+    loop = Loop(loop.init, jax.jit(loop.step))
+    freeze = freeze and _says_finite(loop, key, data)
+    one = frozen_loop(loop, data) if freeze else loop
+    frozen: set[tuple[int, ...]] = set()
+
+    def look(step: int, state: Any, infos: Any) -> Any:
+        if freeze and progress is not None:
+            _report_frozen(step, infos.is_finite, frozen, progress)
+        if on_chunk is not None:
+            return on_chunk(step, state.state if freeze else state, infos)
+
     states, infos = train(
-        replicate(loop, num_seeds),
-        data,
+        replicate(one, num_seeds, mesh=mesh),
+        put_everywhere(data, mesh),
         key,
         num_steps,
         chunk=chunk,
-        on_chunk=on_chunk,
+        on_chunk=look,
         check_finite=False,
         progress=progress,
     )
+    states = states.state if freeze else states
     return states, jax.tree.map(lambda leaf: np.moveaxis(leaf, 0, 1), infos)
+
+
+def _says_finite(loop: Loop, key: jax.Array, data: Any) -> bool:
+    state = jax.eval_shape(loop.init, key)
+    return hasattr(jax.eval_shape(loop.step, state, key, data)[1], "is_finite")
+
+
+def _report_frozen(
+    step: int, is_finite: np.ndarray, known: set[tuple[int, ...]], label: str
+) -> None:
+    """A line on stderr for the runs that froze in this chunk."""
+    first = step - len(is_finite) + is_finite.argmin(0)
+    new = [tuple(map(int, at)) for at in np.argwhere(~is_finite.all(0))]
+    new = [at for at in new if at not in known]
+    known.update(new)
+    if new:
+        runs = [f"{', '.join(map(str, at))} at step {first[at]}" for at in new[:3]]
+        more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+        text = f"{label}: not finite, frozen: replicate {'; '.join(runs)}{more}"
+        tqdm.write(text, sys.stderr)
+
+
+def _placed(init: Callable[[jax.Array], Any], mesh: Mesh | None) -> Any:
+    """An `init` whose shapes say where its arrays lie, for whoever restores them."""
+    if mesh is None:
+        return init
+    return jax.jit(init, out_shardings=spread_sharding(mesh))
 
 
 def evaluate_in_turn(
@@ -159,7 +233,7 @@ def evaluate_in_turn(
     A step is a jitted function that the host calls, neither scanned nor vmapped, and
     compiled once for all runs. For steps of many milliseconds that XLA slows down in a
     loop, as it does the gradients of convolutions on a CPU. Keys are those of
-    `evaluate`, so the infos are the same up to rounding.
+    `evaluate`, so the infos are the same up to rounding; no run is frozen.
 
     Args:
       build: as in `grid`; its steps should not scan over convolutions either.
@@ -250,7 +324,7 @@ def _check_turns(num_steps: int, num_seeds: int, judge_every: int) -> None:
         )
 
 
-def _check_settings(settings: Any, function: str) -> None:
+def _check_settings(settings: Any, function: str) -> int:
     shapes = {
         jax.tree_util.keystr(path) or "settings": list(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(settings)
@@ -261,3 +335,4 @@ def _check_settings(settings: Any, function: str) -> None:
             f"`{function}(settings=...)` must be a tree of arrays with one leading "
             f"axis of the same length, at least 1; got {shapes}."
         )
+    return lengths.pop()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from metax.harness.files import replacing
+from metax.harness.processes import is_first
 
 __all__ = ["plot_curves", "plot_panels"]
 
@@ -91,8 +92,9 @@ def plot_panels(
         axes.legend()
     for axes in grid[len(drawn) :]:
         axes.set_visible(False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    if is_first():
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=120)
 
 
 def _read_curves(title: str, curves: Curves) -> dict[str, tuple[np.ndarray, Any]]:

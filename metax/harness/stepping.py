@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from metax.base import LoopLike, check_key
+from metax.harness.processes import all_on_host
 
 __all__ = ["host_unroll"]
 
@@ -45,6 +46,6 @@ def host_unroll(loop: LoopLike) -> Callable[..., tuple[Any, Any]]:
             state, info = step(state, key, data)
             infos.append(info)
         join = lambda *leaves: np.stack(leaves)
-        return state, jax.tree.map(join, *jax.device_get(infos))
+        return state, jax.tree.map(join, *all_on_host(infos))
 
     return run

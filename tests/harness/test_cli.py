@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from metax.harness import RunOptions, create_run, parse
@@ -119,6 +120,36 @@ def test_config_types_that_cannot_work_are_refused():
         parse(Taken, argv=[])
     with pytest.raises(ValueError, match="must be a dataclass; got int"):
         parse(int, argv=[])
+
+
+def test_devices_of_scripts_that_do_not_spread_are_refused(capsys):
+    for flags in (["--devices", "2"], ["--distributed"], ["--devices", "0"]):
+        assert "runs on one device" in fails(capsys, *flags)
+    options = parse(Config, argv=["--devices", "1"])[1]
+    assert (options.devices, options.distributed, options.mesh) == (1, False, None)
+
+
+def test_devices_that_are_not_there_are_refused(capsys, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    has = jax.local_device_count()  # JAX has begun: it cannot have more
+
+    def refused(*flags):
+        with pytest.raises(SystemExit) as caught:
+            parse(Config, argv=flags, several_devices=True)
+        assert caught.value.code == 2
+        return capsys.readouterr().err
+
+    assert f"to the {has} cpu devices there are; got 99" in refused("--devices", "99")
+    assert "got 0" in refused("--devices", "0")
+    assert "--distributed needs --out DIR" in refused("--distributed")
+    assert "JAX_NUM_PROCESSES" in refused("--distributed", "--out", "somewhere")
+
+
+def test_names_of_common_flags_are_taken():
+    for name in ("devices", "distributed"):
+        taken = dataclasses.make_dataclass("Taken", [(name, int, 0)], frozen=True)
+        with pytest.raises(ValueError, match=f"got .'{name}'"):
+            parse(taken, argv=[])
 
 
 def test_harness_imports_neither_orbax_nor_matplotlib():

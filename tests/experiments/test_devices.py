@@ -1,0 +1,105 @@
+"""One script a method spreads its work over two devices; each in its own process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HDM = ["--steps", "40", "--num-seeds", "2", "--tolerance", "1.0"]
+STARTS = [
+    "--dataset", "digits", "--widths", "8", "--batch-size", "16", "--num-steps", "20",
+    "--eval-every", "10", "--warmup-steps", "5", "--num-seeds", "2", "--starts", "0.1",
+]  # fmt: skip
+STABILITY = [
+    "--truncation-length", "2", "--warmup-steps", "2", "--depths", "1", "--weights",
+    "0.1", "--trajectories", "1", "--remat", "none", "--num-steps", "4",
+    "--judge-every", "2", "--num-evaluations", "2", "--gaussian", "0.001",
+]  # fmt: skip
+REGRESSION = [
+    "--num-guided", "2", "--num-controllers", "2", "--num-rollouts", "2",
+    "--num-updates", "3", "--max-steps", "30", "--num-runs", "2", "--num-steps", "40",
+    "--num-seeds", "1", "--num-lams", "2", "--num-coarse", "2", "--chances", "0.5",
+]  # fmt: skip
+
+
+def start(script, argv, out, *flags, **variables):
+    command = [sys.executable, "-m", f"experiments.{script}", *argv, *flags]
+    return subprocess.Popen(
+        [*command, "--out", str(out)],
+        cwd=Path(__file__).parents[2], env={**os.environ, **variables},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def end(process):
+    try:
+        text, _ = process.communicate(timeout=550)
+    finally:
+        process.kill()
+    return process.returncode, text
+
+
+def summary_of(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        ("hypergradient_hdm", HDM),
+        ("stn_starts", STARTS),
+        ("amalgamation_stability", STABILITY),
+        ("autoloss_regression", REGRESSION),
+    ],
+)
+def test_a_script_spreads_over_two_devices(script, argv, tmp_path):
+    code, text = end(start(script, argv, tmp_path / "run", "--devices", "2"))
+    assert code == 0, text
+    assert summary_of(tmp_path / "run")["config"]
+    assert (tmp_path / "run" / "figure.png").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_run_that_is_that_of_one_device(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    together = [
+        start("hypergradient_hdm", HDM, tmp_path / "two", "--distributed",
+              JAX_PROCESS_ID=str(i), **variables)
+        for i in range(2)
+    ]  # fmt: skip
+    alone = start("hypergradient_hdm", HDM, tmp_path / "one")
+    for process in [*together, alone]:
+        code, text = end(process)
+        assert code == 0, text
+    one, two = (summary_of(tmp_path / run)["table"] for run in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name]["solved"] == two[name]["solved"]
+        np.testing.assert_array_equal(one[name]["counts"], two[name]["counts"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flags", "said"),
+    [
+        ("hypergradient_cifar", ["--devices", "2"], "this script runs on one device"),
+        (
+            "hypergradient_hdm",
+            ["--num-seeds", "3", "--devices", "2"],
+            "got 3 on 2 devices",
+        ),
+    ],
+)
+def test_a_script_that_cannot_spread_says_so(script, flags, said, tmp_path):
+    code, text = end(start(script, [], tmp_path / "run", *flags))
+    assert code != 0
+    assert said in " ".join(text.split())
