@@ -35,7 +35,7 @@ from metax.base import AlternatingProblem
 
 __all__ = ["SavedController", "load_controller", "save_controller"]
 
-SCHEMA = "metax.controller/1"
+SCHEMA = "metax.controller/2"
 FIELDS = (
     "features",
     "normalized",
