@@ -2,10 +2,10 @@
 
     python -m experiments.doctor [--out DIR]
 
-DIR is where runs are to be written (default: runs). The self-test trains on scikit-learn's
-digits, stops, goes on from its checkpoint, and compares the end with that of a run
-that was never stopped: equal bit for bit. About 10 seconds on 2 cores. The exit code
-is 0 where metax can be used, and 1 where it cannot; missing data sets do not count.
+DIR is where runs are to be written (default: runs). The self-test trains on the digits
+of scikit-learn, stops, goes on from its checkpoint, and compares the end with that of a
+run that was never stopped: equal bit for bit. About 10 seconds on 2 cores. The exit
+code is 0 where metax can be used, and 1 where not; missing data sets do not count.
 """
 
 import argparse
