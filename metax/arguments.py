@@ -11,7 +11,18 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-__all__ = ["check_at_least", "check_count", "check_number", "check_one_of", "refuse"]
+__all__ = [
+    "check_at_least",
+    "check_axes",
+    "check_count",
+    "check_has",
+    "check_length",
+    "check_number",
+    "check_numbers",
+    "check_one_of",
+    "check_rule",
+    "refuse",
+]
 
 
 def check_number(
@@ -38,8 +49,9 @@ def check_number(
     Raises:
       ValueError: naming function and argument, the rule and the value.
     """
-    if isinstance(value, bool | str) or value is None or jnp.shape(value) != ():
-        refuse(function, name, "must be a scalar number", value)
+    is_number = hasattr(value, "__float__") and not isinstance(value, bool)
+    if not is_number or jnp.shape(value) != ():
+        refuse(function, name, "must be a scalar number", repr(value))
     if isinstance(value, jax.core.Tracer):
         return
     number = float(value)
@@ -53,6 +65,20 @@ def check_number(
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         refuse(function, name, f"must be {broken[0]}", number)
+
+
+def check_numbers(function: str, name: str, value: Any, **bounds: float) -> None:
+    """Refuses a tree of scalars and arrays where any entry breaks `check_number`."""
+    for leaf in jax.tree.leaves(value):
+        if isinstance(leaf, jax.core.Tracer):
+            continue
+        # numpy, since under jit even a concrete array would be compared by tracing
+        entries = jax.device_get(leaf)
+        if jnp.size(entries) == 0:
+            continue
+        is_array = hasattr(entries, "min")
+        for end in (entries.min(), entries.max()) if is_array else (entries,):
+            check_number(function, name, end, **bounds)
 
 
 def check_at_least(
@@ -84,6 +110,35 @@ def check_one_of(
     if value not in allowed:
         words = " or ".join(f'"{word}"' for word in allowed)
         refuse(function, name, f"must be {words}", repr(value))
+
+
+def check_has(function: str, name: str, value: Any, what: str, *fields: str) -> None:
+    """Refuses what lacks a field, naming in `what` the thing that has them."""
+    missing = [field for field in fields if not hasattr(value, field)]
+    if missing:
+        rule = f"must be {what}, with {', '.join(fields)}"
+        refuse(function, name, rule, f"{type(value).__name__} without {missing}")
+
+
+def check_rule(function: str, name: str, value: Any) -> None:
+    """Refuses what is no optax rule, the function that makes one among it."""
+    what = "an optax rule, for example `optax.sgd(0.1)`"
+    check_has(function, name, value, what, "init", "update")
+
+
+def check_length(function: str, name: str, tree: Any) -> None:
+    """Refuses arrays that do not share a leading axis of at least 1."""
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(tree)}
+    if len(sizes) != 1 or sizes & {(), (0,)}:
+        rule = "must hold arrays that share a leading axis of at least 1, the examples"
+        refuse(function, name, rule, f"leading axes {sorted(sizes)}")
+
+
+def check_axes(function: str, name: str, value: Any, axes: str) -> None:
+    """Refuses an array whose axes are not those that `axes` names, "batch, classes"."""
+    if jnp.ndim(value) != len(axes.split(",")):
+        rule = f"must have the axes [{axes}]"
+        refuse(function, name, rule, f"shape {jnp.shape(value)}")
 
 
 def refuse(function: str, name: str, rule: str, got: Any) -> NoReturn:

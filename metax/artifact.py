@@ -2,10 +2,10 @@
 
 An artefact is two files. `<path>.safetensors` holds the leaves of a tree under their
 paths, `<path>.json` says what they are: a schema with its version, the leaves with
-shape and dtype, the sha256 of the first file, and whatever the writer adds. Neither
-can run code when it is read. Each is written under a temporary name and renamed, the
-JSON last, so that a half is never met, and a pair that does not belong together is told
-by the hash.
+shape and dtype, whatever the writer adds, the sha256 of the first file and that of
+itself. Neither can run code when it is read, and no bit of either can change unseen.
+Each is written under a temporary name and renamed, the JSON last, so that a half is
+never met, and a pair that does not belong together is told by the hash.
 """
 
 import hashlib
@@ -23,10 +23,13 @@ __all__ = [
     "fit_arrays",
     "named_leaves",
     "read_arrays",
+    "seal",
     "write_arrays",
 ]
 
-OURS = ("schema", "leaves", "sha256")
+OURS = ("schema", "leaves", "sha256", "sidecar_sha256")
+# what stands for the hash of the sidecar while that is taken
+BLANK = "0" * 64
 # the dtypes of JAX under their names in safetensors
 DTYPES = {
     "BOOL": "bool",
@@ -50,8 +53,9 @@ def write_arrays(
       path: of both files, without their suffixes; its folder is made if need be.
       tree: any pytree of arrays but typed keys. Leaves are named by their paths,
         "lstm_0/b".
-      schema: what the sidecar means, with a version: "metax.learned_optimizer/1".
-      sidecar: further JSON values, under any name but "schema", "leaves" and "sha256".
+      schema: what the sidecar means, with a version: "metax.learned_optimizer/2".
+      sidecar: further JSON values, under any name but "schema", "leaves", "sha256" and
+        "sidecar_sha256".
 
     Raises:
       ArtifactError: a leaf is no array, two have one name, or the sidecar is not JSON.
@@ -72,7 +76,7 @@ def write_arrays(
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     try:
-        text = json.dumps(card, indent=2, allow_nan=False) + "\n"
+        text = seal(card)
     except (TypeError, ValueError) as error:
         raise ArtifactError(
             f"`write_arrays(sidecar=...)` must hold finite JSON values; got {error} "
@@ -81,6 +85,23 @@ def write_arrays(
     weights_file.parent.mkdir(parents=True, exist_ok=True)
     _replace(weights_file, content)
     _replace(sidecar_file, text.encode())
+
+
+def seal(card: Mapping[str, Any]) -> str:
+    """The text of a sidecar with the hash of itself, under "sidecar_sha256".
+
+    For a card that was changed on purpose: the weights stay as they are.
+
+    Args:
+      card: finite JSON values; a hash that is there already is replaced.
+
+    Returns:
+      The text. Its hash is the sha256 of that text with 64 zeros in the hash's place.
+    """
+    unsealed = {name: value for name, value in card.items() if name != OURS[-1]}
+    blank = json.dumps({**unsealed, OURS[-1]: BLANK}, indent=2, allow_nan=False) + "\n"
+    before, _, after = blank.rpartition(BLANK)
+    return before + hashlib.sha256(blank.encode()).hexdigest() + after
 
 
 def read_arrays(
@@ -97,7 +118,7 @@ def read_arrays(
 
     Raises:
       ArtifactError: a file is missing or not what it should be, the schema is another,
-        the hash does not match, or a leaf is missing, too many, or of another shape or
+        a hash does not match, or a leaf is missing, too many, or of another shape or
         dtype than the sidecar says.
 
     Example:
@@ -112,12 +133,7 @@ def read_arrays(
       ([1.0, 2.0], 0)
     """
     weights_file, sidecar_file = _files(path)
-    sidecar = _parse(_read(sidecar_file), sidecar_file)
-    if sidecar["schema"] != schema:
-        raise ArtifactError(
-            f"{sidecar_file} must have the schema {schema!r}; got "
-            f"{sidecar['schema']!r}. Another part or version wrote it."
-        )
+    sidecar = _parse(_read(sidecar_file), sidecar_file, schema)
     content = _read(weights_file)
     digest = hashlib.sha256(content).hexdigest()
     if digest != sidecar["sha256"]:
@@ -243,18 +259,39 @@ def _decode(content: bytes, file: Path) -> dict[str, dict[str, Any]]:
     return parts
 
 
-def _parse(content: bytes, file: Path) -> dict[str, Any]:
+def _parse(content: bytes, file: Path, schema: str) -> dict[str, Any]:
+    """The sidecar, if it is one of this schema and as it was written."""
     try:
         sidecar = json.loads(content)
     except ValueError as error:
         raise ArtifactError(f"{file} must be JSON; got {error}.") from error
     names = sidecar if isinstance(sidecar, dict) else {}
+    if names.get("schema", schema) != schema:
+        raise ArtifactError(
+            f"{file} must have the schema {schema!r}; got {sidecar['schema']!r}. "
+            "Another part or version wrote it: `python -m experiments.seal_artifacts` "
+            "turns version 1 into 2."
+        )
     missing = [name for name in OURS if name not in names]
     if missing:
         raise ArtifactError(f"{file} must have {', '.join(OURS)}; got no {missing}.")
+    _check_seal(content, sidecar[OURS[-1]], file)
     if not isinstance(sidecar["leaves"], dict):
         raise ArtifactError(f"{file} must have a description of every leaf; got none.")
     return sidecar
+
+
+def _check_seal(content: bytes, stated: Any, file: Path) -> None:
+    """Refuses a sidecar in which any byte is not the one that was written."""
+    whole = isinstance(stated, str) and len(stated) == len(BLANK)
+    before, found, after = content.rpartition(str(stated or BLANK).encode())
+    digest = hashlib.sha256(before + BLANK.encode() + after).hexdigest()
+    if not (whole and found and digest == stated):
+        raise ArtifactError(
+            f"{file} must have the sha256 that it says of itself, {stated}; got "
+            f"{digest}. It was changed or cut off: copy both files again, or, where "
+            "the change is meant, write what `metax.artifact.seal` makes of it."
+        )
 
 
 def _read(file: Path) -> bytes:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metax.arguments import check_has, check_rule
 from metax.problems import (
     Action,
     AlternatingProblem,
@@ -128,6 +129,10 @@ def inner_loop(
     Returns:
       A `Loop` whose state is an `InnerState` and whose info is an `InnerInfo`.
 
+    Raises:
+      ValueError: `task` is no task or `rule` no rule; the key is raw, or the state is
+        another's.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> from metax import Task, inner_loop, unroll
@@ -144,6 +149,8 @@ def inner_loop(
       >>> [float(loss) for loss in infos.loss]
       [4.0, 1.0, 0.25, 0.0625]
     """
+    check_has("inner_loop", "task", task, "a `Task`", "init", "loss", "sample")
+    check_rule("inner_loop", "rule", rule)
     rule = optax.with_extra_args_support(rule)
 
     def init(key: jax.Array) -> InnerState:
@@ -155,6 +162,8 @@ def inner_loop(
         state: InnerState, key: jax.Array, data: Data
     ) -> tuple[InnerState, InnerInfo]:
         check_key(key, "inner_loop(...).step(key=...)")
+        fields = ("params", "opt_state")
+        check_has("inner_loop(...).step", "state", state, "an `InnerState`", *fields)
         key_sample, key_loss = jax.random.split(key)
         batch = task.sample(data, key_sample)
 
@@ -205,6 +214,7 @@ def unroll(
       ValueError: `keys` is no one-dimensional array of typed keys.
     """
     check_key(keys, "unroll(keys=...)", ndim=1)
+    check_has("unroll", "loop", loop, "a `Loop`", "init", "step")
     step = jax.checkpoint(loop.step) if remat else loop.step
     return jax.lax.scan(lambda carry, key: step(carry, key, data), state, keys)
 

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metax.arguments import check_axes, refuse
+
 __all__ = [
     "Action",
     "AlternatingProblem",
@@ -151,7 +153,14 @@ def last_reward(history: jax.Array, live: jax.Array) -> jax.Array:
 
     Returns:
       A scalar; NaN where no check was reached.
+
+    Raises:
+      ValueError: the shapes differ, or are not [K].
     """
+    check_axes("last_reward", "history", history, "checks")
+    if jnp.shape(live) != jnp.shape(history):
+        rule = f"must have the shape of history, {jnp.shape(history)}"
+        refuse("last_reward", "live", rule, f"shape {jnp.shape(live)}")
     last = jnp.max(jnp.where(live, jnp.arange(live.size), -1), initial=-1)
     padded = jnp.append(history, jnp.full((1,), jnp.nan, history.dtype))
     return padded[last]
@@ -241,6 +250,8 @@ def squared_norm(params: Params, select: Select | None = None) -> jax.Array:
       >>> float(squared_norm(params)), float(squared_norm(params, kernels))
       (25.0, 9.0)
     """
+    if not (select is None or callable(select)):
+        refuse("squared_norm", "select", "must be a function of path and leaf", select)
     own = getattr(params, "squared_norm", None)
     if own is not None:
         return own(select)

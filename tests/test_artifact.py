@@ -13,6 +13,7 @@ from metax.artifact import (
     fit_arrays,
     named_leaves,
     read_arrays,
+    seal,
     write_arrays,
 )
 
@@ -37,11 +38,10 @@ def path(tmp_path):
 
 
 def edit(path, **changes):
-    """Changes the sidecar; None takes a name away."""
+    """Changes the sidecar on purpose; None takes a name away."""
     file = path.with_name(path.name + ".json")
     card = json.loads(file.read_text()) | changes
-    card = {name: value for name, value in card.items() if value is not None}
-    file.write_text(json.dumps(card))
+    file.write_text(seal({k: v for k, v in card.items() if v is not None}))
 
 
 def card(path):
@@ -78,6 +78,30 @@ def test_the_sidecar_describes_the_leaves_and_the_file(path):
     assert card(path)["leaves"]["layer/b"] == {"shape": [5], "dtype": "bfloat16"}
     content = weights_file(path).read_bytes()
     assert card(path)["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_changed_card_is_refused_unless_the_change_is_sealed(path):
+    file = path.with_name(path.name + ".json")
+    whole = card(path)
+    told = [
+        file.read_text().replace('"seeds": [', '"seeds":  ['),  # the same values
+        json.dumps(whole, indent=2) + "\n\n",
+        json.dumps(whole | {"seeds": [0, 2]}, indent=2) + "\n",
+        json.dumps(whole | {"sidecar_sha256": ""}, indent=2) + "\n",
+        json.dumps(whole | {"sidecar_sha256": 3}, indent=2) + "\n",
+    ]
+    for text in told:
+        file.write_text(text)
+        message = refusal(path)
+        assert f"{file} must have the sha256 that it says of itself" in message
+        assert "metax.artifact.seal" in message
+    file.write_text(seal(whole | {"seeds": [0, 2]}))
+    assert read_arrays(path, SCHEMA)[1]["seeds"] == [0, 2]
+
+
+def test_a_card_may_hold_the_zeros_that_stand_for_its_hash(path):
+    edit(path, note="0" * 64, licence="ä")
+    assert read_arrays(path, SCHEMA)[1]["note"] == "0" * 64
 
 
 def test_doubles_become_singles_without_x64(path):
@@ -143,7 +167,7 @@ def test_missing_and_broken_files_are_refused(path):
     path.with_name(path.name + ".json").write_text("{")
     assert "must be JSON" in refusal(path)
     path.with_name(path.name + ".json").write_text("[]")
-    assert "must have schema, leaves, sha256" in refusal(path)
+    assert "must have schema, leaves, sha256, sidecar_sha256" in refusal(path)
 
 
 def test_rightly_signed_rubbish_is_refused(path):
@@ -166,6 +190,7 @@ def test_an_interrupted_second_write_is_told(path):
         ({"key": jax.random.key(0)}, {}, "must hold no typed keys; got one at 'key'"),
         ({"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}}, {}, "got 'a/b' twice"),
         ({}, {"sha256": "mine"}, "must leave ['sha256'] to the format"),
+        ({}, {"sidecar_sha256": 0}, "must leave ['sidecar_sha256'] to the format"),
         ({}, {"loss": float("nan")}, "must hold finite JSON values"),
         ({}, {"loss": jnp.ones(1)}, "must hold finite JSON values"),
     ],

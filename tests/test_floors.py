@@ -40,16 +40,16 @@ METHOD = floor("arguments base artifact", "jax optax flax")
 FLOORS = {
     "__init__": floor("base amalgamation autoloss hypergradient implicit stn"),
     "arguments": floor("", "jax"),
-    "base": floor("problems", "jax optax"),
-    "problems": floor("", "jax optax"),
+    "base": floor("problems arguments", "jax optax"),
+    "problems": floor("arguments", "jax optax"),
     "artifact": floor("", "jax optax", inside="safetensors"),
-    "hypergradient": floor("base artifact", "jax optax"),
+    "hypergradient": floor("arguments base artifact", "jax optax"),
     "stn": METHOD,
     "implicit": METHOD,
     "amalgamation": METHOD,
     "autoloss": METHOD,
     "tasks": floor(
-        "base", "jax numpy optax flax", inside="tensorflow_datasets sklearn"
+        "arguments base", "jax numpy optax flax", inside="tensorflow_datasets sklearn"
     ),
     "harness": floor("base", "jax numpy orbax tqdm tyro", inside="scipy"),
 }

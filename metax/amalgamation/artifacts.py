@@ -29,7 +29,7 @@ from metax.base import Params
 
 __all__ = ["load", "load_artifact", "pretrained", "save_artifact"]
 
-SCHEMA = "metax.learned_optimizer/1"
+SCHEMA = "metax.learned_optimizer/2"
 PRETRAINED = Path(__file__).with_name("pretrained")
 # what `load` reads of the metadata
 WARMUP = ("warmup_steps", "warmup_learning_rate")

@@ -15,7 +15,7 @@ from metax.amalgamation.coordinates import (
     unflatten,
     zero_carries,
 )
-from metax.amalgamation.doors import check_differentiable
+from metax.amalgamation.doors import check_differentiable, check_rules
 from metax.amalgamation.policies import (
     LearnedOptimizer,
     check_network,
@@ -23,6 +23,7 @@ from metax.amalgamation.policies import (
     layers_init,
     run_layers,
 )
+from metax.arguments import check_has, refuse
 
 __all__ = ["ChoiceState", "choice", "choice_weights"]
 
@@ -93,6 +94,7 @@ def choice(
       Huang et al., Optimizer Amalgamation, ICLR 2022, arXiv:2203.06474, Eq. 4 and
       appendix.
     """
+    check_rules("choice", "pool", pool)
     if not pool:
         raise ValueError("`choice(pool=...)` must hold at least one rule; got none.")
     check_network("choice", hidden_size, num_layers, 1.0)
@@ -159,6 +161,10 @@ def choice_weights(theta: Params, state: ChoiceState) -> jax.Array:
     Returns:
       [N, members], each row positive and summing to 1, in the order of the pool.
     """
+    check_has("choice_weights", "state", state, "a `ChoiceState`", "carries")
+    if "output" not in theta:
+        rule = "must be the weights of a choice policy, with 'output'"
+        refuse("choice_weights", "theta", rule, sorted(theta))
     output = theta["output"]
     return jax.nn.softmax(state.carries[-1][0] @ output["w"] + output["b"])
 

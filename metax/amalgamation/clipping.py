@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metax.arguments import check_number
+from metax.arguments import check_number, refuse
 
 __all__ = ["clip_by_weight_norm", "frobenius_norm", "weight_norm_bound"]
 
@@ -68,6 +68,8 @@ def clip_by_weight_norm(
                 "got None. Call `update(grads, state, params)`."
             )
 
+        _check_trees(updates, params)
+
         def clip(g: jax.Array, w: jax.Array) -> jax.Array:
             norm, bound = frobenius_norm(g), weight_norm_bound(w, clipping, eps)
             above = norm > bound
@@ -78,6 +80,14 @@ def clip_by_weight_norm(
         return jax.tree.map(clip, updates, params), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _check_trees(updates: Any, params: Any) -> None:
+    function, shapes = "clip_by_weight_norm(...).update", lambda x: jnp.shape(x)
+    ours, theirs = (jax.tree.map(shapes, tree) for tree in (updates, params))
+    if ours != theirs:
+        rule = f"must have the tree and the shapes of params, {theirs}"
+        refuse(function, "updates", rule, ours)
 
 
 def frobenius_norm(x: jax.Array) -> jax.Array:

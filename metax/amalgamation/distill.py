@@ -205,8 +205,8 @@ def meta_loss(
 
 
 def _distances(function: str, distances: Any) -> jax.Array:
-    if jnp.ndim(distances) == 0 or jnp.shape(distances)[-1] == 0:
-        rule = "must have shape [..., T] with at least one teacher"
+    if jnp.ndim(distances) == 0 or jnp.size(distances) == 0:
+        rule = "must have shape [..., T] with at least one teacher, and not be empty"
         refuse(function, "distances", rule, f"shape {jnp.shape(distances)}")
     return _wide(distances)
 

@@ -9,13 +9,21 @@ import jax.numpy as jnp
 import optax
 
 from metax.amalgamation.coordinates import all_finite
-from metax.arguments import check_at_least, check_one_of
+from metax.arguments import (
+    check_at_least,
+    check_has,
+    check_one_of,
+    check_rule,
+    refuse,
+)
 
 __all__ = [
     "check_differentiable",
     "check_differentiable_student",
     "check_perturbation",
+    "check_rules",
     "check_settings",
+    "check_student",
 ]
 
 
@@ -106,6 +114,21 @@ def check_perturbation(perturbation: Any, student: Any, estimator: str) -> None:
         )
 
 
+def check_student(function: str, student: Any) -> None:
+    """Refuses what is no learned optimizer."""
+    what = "a `LearnedOptimizer`, for example `rnnprop()`"
+    check_has(function, "student", student, what, "init", "rule")
+
+
+def check_rules(function: str, name: str, rules: Any) -> None:
+    """Refuses what is no mapping from names to optax rules."""
+    if not isinstance(rules, Mapping):
+        rule = "must be a mapping from names to optax rules, as `pool` makes one"
+        refuse(function, name, rule, type(rules).__name__)
+    for member, rule in rules.items():
+        check_rule(function, f"{name}[{member!r}]", rule)
+
+
 def check_settings(settings: Mapping[str, Any]) -> None:
     """The arguments of `amalgamate` by their rules.
 
@@ -116,6 +139,14 @@ def check_settings(settings: Mapping[str, Any]) -> None:
       ValueError: an argument outside its range, or two that do not go together.
     """
     s, name = settings, "amalgamate"
+    check_has(name, "task", s["task"], "a `Task`", "init", "loss", "sample")
+    check_student(name, s["student"])
+    check_rules(name, "teachers", s["teachers"])
+    if s["perturbation"] is not None:
+        what = "a `Perturbation`"
+        check_has(name, "perturbation", s["perturbation"], what, "apply", "every")
+    if s["meta_optimizer"] is not None:
+        check_rule(name, "meta_optimizer", s["meta_optimizer"])
     words = {
         "reduce": ("mean", "minmax", "softmax"),
         "combine": ("sum", "switch"),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from metax.amalgamation.coordinates import features_dtype, flatten
-from metax.amalgamation.doors import check_differentiable_student
+from metax.amalgamation.doors import check_differentiable_student, check_student
 from metax.amalgamation.estimators import Carry, bptt, over_tasks
 from metax.amalgamation.policies import LearnedOptimizer
 from metax.amalgamation.restarts import Restart, restarts
@@ -20,7 +20,7 @@ from metax.amalgamation.states import (
     show,
 )
 from metax.amalgamation.truncation import Measured, Optimizee, draw, scan_steps
-from metax.arguments import check_at_least
+from metax.arguments import check_at_least, check_rule
 from metax.base import Loop, Task, check_key, truncate
 
 __all__ = ["imitate"]
@@ -77,6 +77,10 @@ def imitate(
       arXiv:2010.09089, section 3.2.
     """
     _check(truncation_length, unroll_length, num_tasks, random_scale)
+    check_student("imitate", student)
+    check_rule("imitate", "teacher", teacher)
+    if meta_optimizer is not None:
+        check_rule("imitate", "meta_optimizer", meta_optimizer)
     check_differentiable_student(student, "imitate(student=...)")
     if meta_optimizer is None:
         meta_optimizer = default_meta_optimizer()

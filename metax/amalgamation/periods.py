@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from metax.amalgamation.states import DUE, AmalgamationState
 from metax.amalgamation.validation import Gate
-from metax.arguments import check_at_least, check_one_of
+from metax.arguments import check_at_least, check_one_of, refuse
 from metax.base import Loop, check_key, unroll
 
 __all__ = [
@@ -137,6 +137,8 @@ def decide(records: Sequence[PeriodRecord], settings: Settings) -> Decision:
     Returns:
       "repeat" the period, or go on to the "next_period" or "next_stage", or "stop".
     """
+    if not records:
+        refuse("decide", "records", "must hold at least one attempt", records)
     last = records[-1]
     if last.repeat < settings.max_repeats and _is_worse(records, settings):
         return "repeat"

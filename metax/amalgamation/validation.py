@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from metax.amalgamation.doors import check_student
 from metax.amalgamation.policies import LearnedOptimizer
 from metax.amalgamation.restarts import restarts
 from metax.amalgamation.truncation import Optimizee, start_losses, student_objective
@@ -65,6 +66,7 @@ def validation_loss(
       ValueError: an argument outside its range.
     """
     name = "validation_loss"
+    check_student(name, student)
     check_at_least(
         name, 1, truncation_length=truncation_length, num_trajectories=num_trajectories
     )
@@ -159,6 +161,7 @@ def long_horizon_gate(
       ValueError: an argument outside its range, or a window that does not divide.
     """
     name = "long_horizon_gate"
+    check_student(name, student)
     check_at_least(name, 1, steps=steps, runs=runs, window=window)
     check_at_least(
         name,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from metax.amalgamation.coordinates import all_finite, features_dtype, keep_unless
+from metax.arguments import check_rule
 
 __all__ = ["WarmupState", "with_warmup"]
 
@@ -59,6 +60,7 @@ def with_warmup(
         raise ValueError(
             f"`with_warmup(learning_rate=...)` must be at least 0; got {learning_rate}."
         )
+    check_rule("with_warmup", "rule", rule)
     rule = optax.with_extra_args_support(rule)
     if steps == 0:
         return rule

@@ -12,7 +12,7 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from metax.arguments import refuse
+from metax.arguments import check_has, refuse
 from metax.autoloss.vectors import as_float
 from metax.base import Action, AlternatingProblem
 
@@ -98,6 +98,8 @@ def projected(problem: AlternatingProblem) -> AlternatingProblem:
       Yu et al., Gradient Surgery for Multi-Task Learning, 2020, arXiv:2001.06782,
       algorithm 1 (PCGrad).
     """
+    what = "an `AlternatingProblem`"
+    check_has("projected", "problem", problem, what, "losses", "optimizers")
 
     @jax.custom_vjp
     def loss(params: Groups, batch: Any, key: jax.Array) -> Any:

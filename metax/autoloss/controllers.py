@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.arguments import check_count, check_number, refuse
+from metax.arguments import check_count, check_has, check_number, refuse
 from metax.autoloss.decisions import Decision, Observation, Policy
 from metax.autoloss.vectors import Features, FeatureState
 from metax.base import check_key
@@ -130,6 +130,8 @@ def controller(
     hidden, critic = _sizes("hidden", hidden), None
     if critic_hidden is not None:
         critic = _sizes("critic_hidden", critic_hidden)
+    if not callable(activation):
+        refuse("controller", "activation", "must be a function", repr(activation))
     name = _name_of(activation)
 
     def init(key: jax.Array, num_features: int) -> Phi:
@@ -259,6 +261,8 @@ def _name_of(activation: Activation) -> str | None:
 
 
 def _sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    if not isinstance(sizes, tuple | list):
+        refuse("controller", name, "must be a tuple of sizes, a layer each", sizes)
     for size in sizes:
         check_count("controller", 1, **{name: size})
     return tuple(sizes)
@@ -288,6 +292,8 @@ def _apply_layers(
 
 def _check_fit(controller: Controller, phi: Phi, features: Features) -> None:
     """Looks at shapes alone."""
+    check_has("bind", "controller", controller, "a `Controller`", "logits", "spec")
+    check_has("bind", "features", features, "`Features`", "init", "update", "spec")
     x = jax.ShapeDtypeStruct((features.spec.size,), jnp.zeros(()).dtype)
     try:
         jax.eval_shape(controller.logits, phi, x)

@@ -8,11 +8,11 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
-from metax.arguments import check_count, check_one_of
+from metax.arguments import check_count, check_has, check_one_of
 from metax.autoloss.dispatching import groups_of
-from metax.base import AlternatingProblem
+from metax.base import AlternatingProblem, check_key
 
-__all__ = ["check_problem", "check_rollout"]
+__all__ = ["check_alternating", "check_problem", "check_rollout", "check_rules"]
 
 MOST_ACTIONS = 127  # a trajectory keeps them as int8
 
@@ -51,8 +51,35 @@ def check_rollout(
         )
 
 
+def check_alternating(function: str, problem: Any) -> None:
+    """Refuses what is no alternating problem."""
+    what = "an `AlternatingProblem`"
+    check_has(function, "problem", problem, what, "init", "losses", "actions")
+
+
+def check_rules(
+    function: str,
+    policy: Any = None,
+    step_reward: Any = None,
+    restart: Any = None,
+    task_key: Any = None,
+) -> None:
+    """Refuses parts of a run that are something else; None is not looked at."""
+    parts: tuple[tuple[str, Any, str, tuple[str, ...]], ...] = (
+        ("policy", policy, "a `Policy`", ("init", "act", "observe")),
+        ("step_reward", step_reward, "a `StepReward`", ("init", "update")),
+        ("restart", restart, "a `Restart`", ("init", "update", "penalty")),
+    )
+    for name, part, what, fields in parts:
+        if part is not None:
+            check_has(function, name, part, what, *fields)
+    if task_key is not None:
+        check_key(task_key, f"{function}(task_key=...)")
+
+
 def check_problem(problem: AlternatingProblem, function: str) -> None:
     """Refuses a problem whose parts do not fit each other."""
+    check_alternating(function, problem)
     groups = _groups(problem, function)
     _check_actions(problem, function, groups)
     _check_optimizers(problem, function, groups)

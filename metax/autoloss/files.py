@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from metax.arguments import refuse
+from metax.arguments import check_has, refuse
 from metax.artifact import (
     ArtifactError,
     fit_arrays,
@@ -35,7 +35,7 @@ from metax.base import AlternatingProblem
 
 __all__ = ["SavedController", "load_controller", "save_controller"]
 
-SCHEMA = "metax.controller/1"
+SCHEMA = "metax.controller/2"
 FIELDS = (
     "features",
     "normalized",
@@ -92,6 +92,10 @@ def save_controller(
       ValueError: another number of actions than the problem has, or an activation
         without a name.
     """
+    what = "an `AlternatingProblem`"
+    check_has("save_controller", "problem", problem, what, "losses", "actions")
+    what = "a `Controller`"
+    check_has("save_controller", "controller", controller, what, "init", "spec")
     spec, actions = controller.spec, action_names(problem)
     if spec.num_actions != len(actions):
         rule = f"must have as many actions as the problem, {len(actions)}"

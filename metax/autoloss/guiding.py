@@ -5,7 +5,7 @@ from typing import Any, Literal
 import jax
 
 from metax.autoloss.decisions import Policy
-from metax.autoloss.doors import check_rollout
+from metax.autoloss.doors import check_rollout, check_rules
 from metax.autoloss.episodes import episode
 from metax.autoloss.states import GuideInfo, GuideState
 from metax.base import AlternatingProblem, Loop, check_key
@@ -65,6 +65,7 @@ def guide(
       ([0, 1, 0, 1], [1.0, 0.0, 0.0, 0.25])
     """
     check_rollout(problem, "guide", num_steps, dispatch, validate_every)
+    check_rules("guide", policy)
     run_of = episode(
         problem,
         policy,

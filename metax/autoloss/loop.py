@@ -9,9 +9,16 @@ from typing import Any, Literal
 
 import optax
 
-from metax.arguments import check_count, check_number, check_one_of
+from metax.arguments import (
+    check_count,
+    check_has,
+    check_number,
+    check_numbers,
+    check_one_of,
+    check_rule,
+)
 from metax.autoloss.controllers import Controller
-from metax.autoloss.doors import check_rollout
+from metax.autoloss.doors import check_rollout, check_rules
 from metax.autoloss.features import Features
 from metax.autoloss.guiding import guide
 from metax.autoloss.learning import Learner
@@ -134,7 +141,15 @@ def autoloss(
     check_one_of("autoloss", "advantage", advantage, kinds)
     check_one_of("autoloss", "reduction", reduction, ("sum", "mean"))
     check_one_of("autoloss", "baseline_order", baseline_order, ("before", "after"))
+    _check_parts(controller, features, meta_optimizer, ppo)
+    check_rules("autoloss", step_reward=step_reward, restart=restart)
     check_count("autoloss", 1, num_rollouts=num_rollouts)
+    check_number("autoloss", "entropy_coefficient", entropy_coefficient, least=0)
+    check_number("autoloss", "reward_scale", reward_scale)
+    if advantage_clip is not None:
+        # a pair are the two ends, of which one may be negative
+        ends = {} if isinstance(advantage_clip, tuple) else {"above": 0}
+        check_numbers("autoloss", "advantage_clip", advantage_clip, **ends)
     check_number("autoloss", "baseline_decay", baseline_decay, least=0, below=1)
     if advantage != "ema" and num_rollouts < 2 and estimator == "reinforce":
         raise ValueError(
@@ -175,3 +190,14 @@ def autoloss(
         common_random_numbers=common_random_numbers,
         chunk=chunk,
     )
+
+
+def _check_parts(controller: Any, features: Any, meta_optimizer: Any, ppo: Any) -> None:
+    """What is no part of this method is refused by its name."""
+    what = "a `Controller`"
+    check_has("autoloss", "controller", controller, what, "init", "logits", "spec")
+    check_has("autoloss", "features", features, "`Features`", "init", "update", "spec")
+    if meta_optimizer is not None:
+        check_rule("autoloss", "meta_optimizer", meta_optimizer)
+    if ppo is not None:
+        check_has("autoloss", "ppo", ppo, "`PPO`", "segment_length", "buffer_size")

@@ -1,5 +1,6 @@
 """What the losses and actions of a problem are called, in files and reports."""
 
+from metax.arguments import check_has
 from metax.base import AlternatingProblem
 
 __all__ = ["action_names", "loss_names"]
@@ -27,6 +28,8 @@ def action_names(problem: AlternatingProblem) -> tuple[str, ...]:
       `"loss@group+group"`, in the order of the actions; `"loss@all"` for every group,
       and `"loss@group*4"` for 4 repeats.
     """
+    what = "an `AlternatingProblem`"
+    check_has("action_names", "problem", problem, what, "losses", "actions")
     losses, names = loss_names(problem), []
     for action in problem.actions:
         groups = (action.params,) if isinstance(action.params, str) else action.params

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.arguments import check_number, refuse
+from metax.arguments import check_has, check_number, refuse
 from metax.autoloss.decisions import Observation
 from metax.autoloss.vectors import Features
 
@@ -70,6 +70,7 @@ def running_norm(
       >>> x.tolist(), int(state.count)
       ([0.0, 0.0, 0.0, 0.0, 0.0], 0)
     """
+    check_has("running_norm", "features", features, "`Features`", "init", "spec")
     check_number("running_norm", "clip", clip, above=0)
     check_number("running_norm", "epsilon", epsilon, above=0)
     if "running_norm" in features.spec.arguments:
@@ -123,6 +124,7 @@ def frozen(features: Features) -> Features:
     Returns:
       Features of the same spec, whose state is that of `features`.
     """
+    check_has("frozen", "features", features, "`Features`", "fixed", "spec")
     return features if features.fixed is None else features.fixed
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.arguments import check_one_of
+from metax.arguments import check_has, check_number, check_one_of, refuse
 from metax.autoloss.controllers import Controller
 from metax.autoloss.rollouts import Trajectory
 
@@ -58,13 +58,17 @@ def reinforce_loss(
       A scalar.
 
     Raises:
-      ValueError: another reduction.
+      ValueError: another reduction, a number out of range, or parts whose shapes do not
+        fit those of the trajectory.
 
     Reference:
       Xu et al., AutoLoss: Learning Discrete Schedules for Alternate Optimization, 2019,
       arXiv:1810.02442, Eq. 2. "mean" and the step rewards are the released code's.
     """
-    check_one_of("reinforce_loss", "reduction", reduction, ("sum", "mean"))
+    name = "reinforce_loss"
+    check_one_of(name, "reduction", reduction, ("sum", "mean"))
+    check_number(name, "entropy_coefficient", entropy_coefficient, least=0)
+    _check_steps(name, phi, controller, trajectory, advantage)
     logits = controller.logits(phi, trajectory.inputs)
     live = trajectory.live
     weight = _spread(advantage, live) + trajectory.rewards
@@ -111,7 +115,8 @@ def ppo_loss(
       A scalar.
 
     Raises:
-      ValueError: the controller has no critic.
+      ValueError: the controller has no critic, a number is out of range, or parts have
+        shapes that do not fit those of the trajectory.
 
     Reference:
       Schulman et al., Proximal Policy Optimization Algorithms, 2017, arXiv:1707.06347,
@@ -126,6 +131,14 @@ def ppo_loss(
             "`ppo_loss(controller=...)` must have a critic; got one without. Make it "
             "by `controller(..., critic_hidden=(32,))`."
         )
+    name = "ppo_loss"
+    check_number(name, "clip", clip, above=0)
+    check_number(name, "entropy_coefficient", entropy_coefficient, least=0)
+    check_number(name, "value_coefficient", value_coefficient, least=0)
+    _check_steps(name, phi, controller, trajectory, advantage)
+    _check_shape(name, "targets", targets, trajectory)
+    if old_log_probs is not None:
+        _check_shape(name, "old_log_probs", old_log_probs, trajectory)
     logits = controller.logits(phi, trajectory.inputs)
     old = trajectory.log_probs if old_log_probs is None else old_log_probs
     live = trajectory.live
@@ -262,3 +275,27 @@ def _spread(advantage: Any, live: jax.Array) -> jax.Array:
     return jnp.broadcast_to(
         advantage.reshape(advantage.shape + (1,) * missing), live.shape
     )
+
+
+def _check_steps(
+    function: str, phi: Phi, controller: Controller, trajectory: Any, advantage: Any
+) -> None:
+    """Looks at trees and shapes alone."""
+    what = "a `Trajectory`"
+    check_has(function, "trajectory", trajectory, what, "inputs", "actions", "live")
+    width = jnp.shape(trajectory.inputs)[-1]
+    wanted = jax.eval_shape(lambda: controller.init(jax.random.key(0), width))
+    if jax.tree.structure(phi) != jax.tree.structure(wanted):
+        rule = f"must be parameters of the controller, {jax.tree.structure(wanted)}"
+        refuse(function, "phi", rule, jax.tree.structure(phi))
+    steps, given = jnp.shape(trajectory.live), jnp.shape(advantage)
+    if given not in ((), steps[:-1], steps):
+        rule = f"must be a scalar, one a run {steps[:-1]} or one a step {steps}"
+        refuse(function, "advantage", rule, f"shape {given}")
+
+
+def _check_shape(function: str, name: str, value: Any, trajectory: Trajectory) -> None:
+    steps = jnp.shape(trajectory.live)
+    if jnp.shape(value) != steps:
+        rule = f"must have the shape of the steps, {steps}"
+        refuse(function, name, rule, f"shape {jnp.shape(value)}")

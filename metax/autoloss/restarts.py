@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.arguments import check_count, check_number, refuse
+from metax.arguments import check_count, check_has, check_number, refuse
 from metax.autoloss.decisions import Observation
 
 __all__ = ["Restart", "any_of", "divergence", "identical_actions"]
@@ -133,6 +133,9 @@ def any_of(*restarts: Restart) -> Restart:
     """
     if not restarts:
         refuse("any_of", "restarts", "must be at least one", "none")
+    for one in restarts:
+        fields = ("init", "update", "penalty")
+        check_has("any_of", "restarts", one, "made of `Restart`s", *fields)
 
     def init() -> tuple[Any, ...]:
         return tuple(restart.init() for restart in restarts)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from metax.autoloss.decisions import Policy
 from metax.autoloss.dispatching import keep
-from metax.autoloss.doors import check_rollout
+from metax.autoloss.doors import check_rollout, check_rules
 from metax.autoloss.episodes import Record, RunState, episode
 from metax.autoloss.restarts import Restart
 from metax.autoloss.rewards import StepReward
@@ -141,6 +141,7 @@ def rollout(
     """
     check_key(key, "rollout(key=...)")
     check_rollout(problem, "rollout", num_steps, dispatch, validate_every, chunk)
+    check_rules("rollout", policy, step_reward, restart, task_key)
     problem, data = _prepared(problem, data)
     plan = _plan(
         problem,

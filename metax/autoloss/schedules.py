@@ -10,7 +10,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
-from metax.arguments import check_count, check_number, check_one_of, refuse
+from metax.arguments import check_count, check_has, check_number, check_one_of, refuse
 from metax.autoloss.decisions import Decision, Observation, Policy
 from metax.autoloss.vectors import as_float, validation_loss
 
@@ -62,6 +62,8 @@ def cycle(counts: tuple[int, ...]) -> Policy:
       >>> taken
       [0, 1, 1, 0, 1, 1]
     """
+    if not isinstance(counts, tuple | list):
+        refuse("cycle", "counts", "must be a tuple, a count an action", counts)
     for count in counts:
         check_count("cycle", 0, counts=count)
     if sum(counts) == 0:
@@ -192,6 +194,9 @@ def phases(policies: tuple[Policy, ...], lengths: tuple[int, ...]) -> Policy:
     if number == 0 or len(lengths) not in (number - 1, number):
         rule = f"must say how long each of {number} policies but the last goes on"
         refuse("phases", "lengths", rule, lengths)
+    for policy in policies:
+        fields = ("init", "act", "observe")
+        check_has("phases", "policies", policy, "made of `Policy`s", *fields)
     for length in lengths:
         check_count("phases", 1, lengths=length)
     ends = [sum(lengths[: i + 1]) for i in range(number - 1)]

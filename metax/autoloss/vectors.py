@@ -114,6 +114,8 @@ def custom(
     """
     if not isinstance(name, str) or not name or name in BUILT_IN:
         refuse("custom", "name", f"must be a word other than {BUILT_IN}", repr(name))
+    if not callable(function):
+        refuse("custom", "function", "must be a function of an observation", function)
     check_count("custom", 0, version=version)
     spec = FeatureSpec(name, version, size, {}, refresh, observe_every)
     check_spec("custom", spec)

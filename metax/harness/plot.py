@@ -77,6 +77,10 @@ def plot_panels(
     drawn = {title: _read_curves(title, curves) for title, curves in panels.items()}
     if not drawn:
         raise ValueError("`plot_panels(panels=...)` must have a panel; got none.")
+    if num_columns < 1:
+        raise ValueError(
+            f"`plot_panels(num_columns=...)` must be at least 1; got {num_columns}."
+        )
     labels = list(dict.fromkeys(label for curves in drawn.values() for label in curves))
     columns = min(len(drawn), num_columns)
     rows = -(-len(drawn) // columns)

@@ -110,7 +110,8 @@ def bootstrap_interval(
       The statistic of `values` and its interval.
 
     Raises:
-      ValueError: fewer than two values, one that is not finite, or a level outside.
+      ValueError: fewer than two values, one that is not finite, a level outside, or a
+        negative seed.
     """
     values = _sample(values, "bootstrap_interval(values=...)")
     _check_level(level, "bootstrap_interval")
@@ -118,6 +119,10 @@ def bootstrap_interval(
         raise ValueError(
             "`bootstrap_interval(num_resamples=...)` must be at least 1; got "
             f"{num_resamples}."
+        )
+    if seed < 0:
+        raise ValueError(
+            f"`bootstrap_interval(seed=...)` must be at least 0; got {seed}."
         )
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(values), size=(num_resamples, len(values)))
@@ -302,7 +307,10 @@ def _smooth(values: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _sample(values: Any, argument: str) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
+    try:
+        values = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{argument}` must hold numbers; got {error}.") from error
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(
             f"`{argument}` must be one axis of at least 2 values; got shape "

@@ -37,6 +37,11 @@ def host_unroll(loop: LoopLike) -> Callable[..., tuple[Any, Any]]:
       >>> float(state), infos.tolist()
       (1.0, [8.0, 4.0, 2.0])
     """
+    if not hasattr(loop, "step"):
+        raise ValueError(
+            "`host_unroll(loop=...)` must be a `Loop`, with a step; got "
+            f"{type(loop).__name__}."
+        )
     step = jax.jit(loop.step)
 
     def run(_: LoopLike, state: Any, keys: jax.Array, data: Any) -> tuple[Any, Any]:

@@ -13,10 +13,13 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
+from metax.arguments import check_number, check_rule
+
 __all__ = [
     "check_arguments",
     "check_given",
     "check_hdm_arguments",
+    "check_moments",
     "check_real",
     "check_tree",
 ]
@@ -38,6 +41,8 @@ HDM_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 def check_arguments(
     *,
+    base: Any,
+    direction_dtype: Any,
     learning_rate: Any,
     hyper_learning_rate: Any,
     hyper_optimizer: Any,
@@ -48,6 +53,10 @@ def check_arguments(
     transition: Any,
 ) -> None:
     """Raises a `ValueError` that names the argument, the rule and the value."""
+    check_rule(DESCENT, "base", base)
+    if hyper_optimizer is not None:
+        check_rule(DESCENT, "hyper_optimizer", hyper_optimizer)
+    _check_dtype(direction_dtype)
     _check_choice("rule", rule, RULES)
     _check_choice("scope", scope, SCOPES)
     if rule == "normalized" and scope == "element":
@@ -58,6 +67,8 @@ def check_arguments(
             "must be given one without the other",
             "neither" if hyper_optimizer is None else "both",
         )
+    if learning_rate is None:
+        _refuse("learning_rate", "must be a number", None)
     alpha = _rate("learning_rate", learning_rate)
     if not callable(hyper_learning_rate):
         _rate("hyper_learning_rate", hyper_learning_rate)
@@ -89,6 +100,13 @@ def check_tree(updates: Any, direction: Any) -> None:
                 f"{jnp.shape(leaf)}, wanted {jnp.shape(stored)} at "
                 f"'{jax.tree_util.keystr(path)}'."
             )
+
+
+def check_moments(function: str, **values: Any) -> None:
+    """Raises a `ValueError` for decays outside [0, 1), and for other negatives."""
+    for name, value in values.items():
+        is_decay = name in ("b1", "b2", "momentum")
+        check_number(function, name, value, least=0, below=1 if is_decay else None)
 
 
 def check_hdm_arguments(scaling: str, **values: Any) -> None:
@@ -136,6 +154,15 @@ def _check_choice(
         _refuse(argument, rule, repr(value), function)
 
 
+def _check_dtype(dtype: Any) -> None:
+    try:
+        fine = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.inexact)
+    except TypeError:
+        fine = False
+    if not fine:
+        _refuse("direction_dtype", "must be a floating dtype, or None", repr(dtype))
+
+
 def _check_transition(transition: Any) -> None:
     if transition is None:
         return
@@ -175,8 +202,9 @@ def _number(argument: str, value: Any, function: str = DESCENT) -> float | None:
     """The value as a float; None where it is None or traced."""
     if value is None:
         return None
-    if jnp.shape(value) != ():
-        _refuse(argument, "must be a scalar", f"shape {jnp.shape(value)}", function)
+    if isinstance(value, str) or jnp.shape(value) != ():
+        got = repr(value) if isinstance(value, str) else f"shape {jnp.shape(value)}"
+        _refuse(argument, "must be a scalar", got, function)
     if isinstance(value, jax.core.Tracer):
         return None
     number = float(value)

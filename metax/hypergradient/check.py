@@ -7,13 +7,14 @@ that whatever happens to a direction on its way to the parameters shows.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from metax.arguments import check_number, check_rule, refuse
 from metax.hypergradient.descent import HypergradientDescentState
 
 __all__ = ["check_hypergradient"]
@@ -89,6 +90,12 @@ def check_hypergradient(
             "`check_hypergradient(num_steps=...)` must be at least 2: the first step "
             f"has no previous direction; got {num_steps}."
         )
+    check_rule("check_hypergradient", "rule", rule)
+    if tolerance is not None:
+        check_number("check_hypergradient", "tolerance", tolerance, least=0)
+    if isinstance(batches, Mapping):
+        wanted = "must be a sequence of batches, one a step"
+        refuse("check_hypergradient", "batches", wanted, "a mapping")
     if tolerance is None:
         doubles = all(leaf.dtype.itemsize >= 8 for leaf in jax.tree.leaves(params))
         tolerance = 1e-10 if doubles else 1e-4

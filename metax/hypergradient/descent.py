@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from metax.hypergradient.arguments import check_arguments, check_tree
+from metax.hypergradient.arguments import check_arguments, check_moments, check_tree
 from metax.hypergradient.rates import (
     all_finite,
     blend,
@@ -155,6 +155,8 @@ def hypergradient_descent(
       `hyperparam_dtype=jnp.float32` with bfloat16 parameters.
     """
     check_arguments(
+        base=base,
+        direction_dtype=direction_dtype,
         learning_rate=learning_rate,
         hyper_learning_rate=hyper_learning_rate,
         hyper_optimizer=hyper_optimizer,
@@ -268,6 +270,7 @@ def sgd_hd(
     """
     base = optax.identity()
     if momentum is not None:
+        check_moments("sgd_hd", momentum=momentum)
         base = optax.trace(momentum, nesterov=nesterov)
     return _ready_made(base, learning_rate, hyper_learning_rate, 1e-3, options)
 
@@ -324,6 +327,7 @@ def adam_hd(
       ε stands where the paper and optax put it; the authors' code divides it by the
       root of the bias correction.
     """
+    check_moments("adam_hd", b1=b1, b2=b2, eps=eps, eps_root=eps_root)
     base = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
     return _ready_made(base, learning_rate, hyper_learning_rate, 1e-7, options)
 
@@ -364,6 +368,8 @@ def adamw_hd(
     Reference: Baydin et al. 2018, arXiv 1703.04782, Adam-HD; decoupled decay of
     Loshchilov, Hutter, Decoupled Weight Decay Regularization, 2019, arXiv 1711.05101.
     """
+    moments = {"b1": b1, "b2": b2, "eps": eps, "eps_root": eps_root}
+    check_moments("adamw_hd", **moments, weight_decay=weight_decay)
     base = optax.chain(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root),
         optax.add_decayed_weights(weight_decay),

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metax.arguments import check_has
 from metax.base import Batch, BilevelProblem, Hparams, Outputs, Params
 
 __all__ = [
@@ -31,6 +32,8 @@ def check_hparams(
     Raises:
       ValueError: the names or shapes are not those of the problem, or one is discrete.
     """
+    fields = ("predict", "train_loss", "valid_loss", "hparams")
+    check_has(function, "problem", problem, "a `BilevelProblem`", *fields)
     specs = problem.hparams
     if set(hparams) != set(specs) or not specs:
         raise ValueError(

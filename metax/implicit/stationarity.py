@@ -13,6 +13,7 @@ import jax.core
 import jax.numpy as jnp
 import optax
 
+from metax.arguments import check_length, refuse
 from metax.base import Batch, BilevelProblem, Hparams, Params, check_key
 from metax.implicit.linear_solve import conjugate_gradient, neumann_series
 from metax.implicit.objectives import (
@@ -132,7 +133,12 @@ def implicit_hypergradient(
     """
     _check(key, solver, iterations, damping, step_size, curvature)
     values = check_hparams("implicit_hypergradient", problem, hparams)
+    check_length("implicit_hypergradient", "train_batch", train_batch)
+    check_length("implicit_hypergradient", "valid_batch", valid_batch)
     floats, rest = partition(params)
+    if not jax.tree.leaves(floats):
+        rule = "must hold floating arrays to differentiate by"
+        refuse("implicit_hypergradient", "params", rule, jax.tree.structure(params))
 
     def valid(hparams: Hparams, floats: Any) -> jax.Array:
         return valid_objective(problem, valid_batch, hparams, merge(floats, rest))

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import optax
 
+from metax.arguments import check_rule
 from metax.base import BilevelProblem, Data, Hparams, InnerState, Params, check_key
 from metax.implicit.objectives import (
     check_hparams,
@@ -99,6 +100,7 @@ def unrolled_hypergradient(
     """
     check_key(key, "unrolled_hypergradient(key=...)")
     values = check_hparams("unrolled_hypergradient", problem, hparams)
+    check_rule("unrolled_hypergradient", "inner_optimizer", inner_optimizer)
     kept = _check_steps(steps, truncation)
     key_train, key_valid = jax.random.split(key)
     keys = jax.random.split(key_train, steps)

@@ -6,15 +6,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from metax.arguments import check_has, check_rule
 from metax.base import Batch, BilevelProblem, Hyperparameter, Params
 
 __all__ = [
     "check_batch",
     "check_losses",
     "check_options",
+    "check_parts",
     "check_scales",
     "check_used",
 ]
+
+
+def check_parts(function: str, problem: Any, response: Any, **rules: Any) -> None:
+    """What the tuner is made of: a problem, rules, and perhaps a response."""
+    fields = ("init", "predict", "train_loss", "valid_loss", "hparams")
+    check_has(function, "problem", problem, "a `BilevelProblem`", *fields)
+    for name, rule in rules.items():
+        if rule is not None or name != "scale_optimizer":
+            check_rule(function, name, rule)
+    if response is not None:
+        fields = ("init", "tangent", "contract", "linearize", "apply")
+        check_has(function, "response", response, "a `Response`", *fields)
 
 
 def check_options(

@@ -22,6 +22,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 
+from metax.arguments import check_numbers
 from metax.base import Hparams, Hyperparameter
 
 __all__ = ["HyperparameterSpace", "constrain", "entropy", "unconstrain"]
@@ -147,6 +148,7 @@ def entropy(scale: Any) -> jax.Array:
       >>> print(f"{entropy({'a': 1.0, 'b': 1.0}):.4f}")
       2.8379
     """
+    check_numbers("entropy", "scale", scale, above=0)
     half_log = 0.5 * math.log(2 * math.pi * math.e)
     sums = [jnp.sum(jnp.log(sigma) + half_log) for sigma in jax.tree.leaves(scale)]
     return sum(sums, start=jnp.zeros(()))
@@ -272,6 +274,10 @@ def _as_float(x: Any) -> jax.Array:
 
 
 def _check_names(argument: str, specs: Mapping, values: Mapping) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"`{argument}` must be a mapping from names; got {type(values).__name__}."
+        )
     unknown = sorted(set(values) - set(specs))
     if unknown:
         raise ValueError(

@@ -15,7 +15,7 @@ import optax
 
 from metax.base import Batch, BilevelProblem, Data, Params
 from metax.stn import kernels
-from metax.stn.doors import check_options, check_scales
+from metax.stn.doors import check_options, check_parts, check_scales
 from metax.stn.hparams import make_space
 from metax.stn.objectives import Objectives
 from metax.stn.perturbation import Perturbation
@@ -162,6 +162,15 @@ def delta_stn(
       below .001, whence they do not return.
     """
     name = "delta_stn"
+    check_parts(
+        name,
+        problem,
+        response,
+        inner_optimizer=inner_optimizer,
+        response_optimizer=response_optimizer,
+        outer_optimizer=outer_optimizer,
+        scale_optimizer=scale_optimizer,
+    )
     check_options(
         name,
         centered=centered,

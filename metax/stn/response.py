@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from metax.arguments import check_count
 from metax.base import Outputs, Params, Select, check_key
 from metax.stn.injection import injected
 from metax.stn.nodes import (
@@ -111,7 +112,7 @@ def best_response(
       >>> response.linearize(square, params, phi, eps)[1].tolist()
       [1.0, 0.0]
     """
-    _check_arguments(num_hparams, structure, route)
+    _check_arguments(num_hparams, structure, route, select)
 
     def init(key: jax.Array, params: Params) -> ResponseParams:
         check_key(key, "best_response(...).init(key=...)")
@@ -208,6 +209,7 @@ def check_response(
       ValueError: a layer cannot be injected, by name.
     """
     check_key(key, "check_response(key=...)")
+    check_count("check_response", 1, num_hparams=num_hparams)
     batch = jax.tree.leaves(jax.eval_shape(fn, params))[0].shape[0]
     eps = jax.random.normal(key, (batch, num_hparams))
     routes = [
@@ -297,7 +299,7 @@ def _add(params: Params, change: Params) -> Params:
     return jax.tree.map(add, params, change)
 
 
-def _check_arguments(num_hparams: int, structure: Any, route: str) -> None:
+def _check_arguments(num_hparams: int, structure: Any, route: str, select: Any) -> None:
     if num_hparams < 1:
         raise ValueError(
             f"`best_response(num_hparams=...)` must be at least 1; got {num_hparams}."
@@ -308,6 +310,11 @@ def _check_arguments(num_hparams: int, structure: Any, route: str) -> None:
         raise ValueError(
             f"`best_response(structure=...)` must be one of {words}, a rank of at "
             f"least 1 or a function of path and leaf; got {structure!r}."
+        )
+    if not (select is None or callable(select)):
+        raise ValueError(
+            "`best_response(select=...)` must be a function of path and leaf, or None; "
+            f"got {select!r}."
         )
     if route not in ("auto", "inject", "columns"):
         raise ValueError(

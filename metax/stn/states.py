@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metax.arguments import check_has
 from metax.base import Params
 from metax.stn.hparams import HyperparameterSpace, constrain, unconstrain
 from metax.stn.response import ResponseParams, tangent
@@ -92,6 +93,7 @@ def natural_hparams(state: DeltaSTNState) -> dict[str, jax.Array]:
     Returns:
       For each name an array of shape init.shape.
     """
+    _check_state("natural_hparams", state)
     return constrain(state.space.by_name(), state.hparams)
 
 
@@ -108,6 +110,7 @@ def replace_hparams(state: DeltaSTNState, natural: Mapping[str, Any]) -> DeltaST
     Raises:
       ValueError: a name or a (concrete) value that the problem excludes.
     """
+    _check_state("replace_hparams", state)
     changed = unconstrain(state.space.by_name(), natural)
     shaped = {
         name: jnp.broadcast_to(u, state.hparams[name].shape).astype(
@@ -129,6 +132,7 @@ def response_jacobian(state: DeltaSTNState) -> dict[str, Params]:
     Returns:
       For each name a tree like the parameters, each leaf of init.shape + leaf.shape.
     """
+    _check_state("response_jacobian", state)
     space = state.space
     units = jnp.eye(space.size())
     rows = jax.vmap(lambda unit: tangent(state.response, unit, state.params))(units)
@@ -145,6 +149,11 @@ def response_jacobian(state: DeltaSTNState) -> dict[str, Params]:
     return jacobians
 
 
+def _check_state(function: str, state: Any) -> None:
+    what = "a `DeltaSTNState`"
+    check_has(function, "state", state, what, "space", "hparams", "response")
+
+
 def silent_hparams(infos: DeltaSTNInfo) -> tuple[str, ...]:
     """Names whose hypergradient was exactly zero wherever it was computed.
 
@@ -159,6 +168,9 @@ def silent_hparams(infos: DeltaSTNInfo) -> tuple[str, ...]:
     Returns:
       The names, sorted; none where no step tuned.
     """
+
+    what = "a `DeltaSTNInfo`"
+    check_has("silent_hparams", "infos", infos, what, "hypergradient")
 
     def is_silent(gradient: jax.Array) -> bool:
         known = ~jnp.isnan(gradient)

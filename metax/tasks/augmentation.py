@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from metax.arguments import check_count
 from metax.base import check_key
 from metax.tasks.data import Split
 
@@ -35,8 +36,7 @@ def crop_and_flip(pad: int = 4) -> Callable[[Split, jax.Array], Split]:
       >>> crop_and_flip(pad=2)(batch, jax.random.key(0)).image.shape
       (2, 8, 8, 3)
     """
-    if pad < 0:
-        raise ValueError(f"`crop_and_flip(pad=...)` must be at least 0; got {pad}.")
+    check_count("crop_and_flip", 0, pad=pad)
 
     def augment(batch: Split, key: jax.Array) -> Split:
         check_key(key, "crop_and_flip(...)(key=...)")

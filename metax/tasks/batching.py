@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from metax.arguments import check_has
 from metax.base import Loop, LoopLike, check_key
 
 __all__ = ["EpochInfo", "epochs", "minibatch"]
@@ -110,6 +111,7 @@ def epochs(
       (2, 12)
     """
     _check_size(size, "epochs(size=...)")
+    check_has("epochs", "loop", loop, "a `Loop`", "init", "step")
 
     def step(state: Any, key: jax.Array, data: Any) -> tuple[Any, EpochInfo]:
         check_key(key, "epochs(...).step(key=...)")

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metax.arguments import check_axes, check_count, check_length, check_rule
 from metax.base import Action, AlternatingProblem, check_key, last_reward
 from metax.tasks.data import FiveWay
 from metax.tasks.tables import (
@@ -79,6 +80,7 @@ def generate(
       all else as in the authors' code.
     """
     _check_draw("classification.generate", num_features, sizes)
+    check_count("classification.generate", 0, seed=seed)
     rng, rows = np.random.default_rng(seed), sum(sizes)
     order = rng.permutation(rows)
     cluster = (np.arange(rows) % 4)[order]
@@ -158,6 +160,8 @@ def from_arrays(
       ValueError: a size is below 1, or the rows are not as many as the sizes say.
     """
     check_sizes("classification.from_arrays", sizes)
+    check_axes("classification.from_arrays", "inputs", inputs, "rows, features")
+    check_length("classification.from_arrays", "inputs=..., labels", (inputs, labels))
     if len(inputs) != sum(sizes) or len(labels) != sum(sizes):
         raise ValueError(
             "`classification.from_arrays(sizes=...)` must add up to the number of rows;"
@@ -244,6 +248,8 @@ def problem(
             "patience": patience,
         },
     )
+
+    check_rule("classification.problem", "optimizer", optimizer)
 
     def init(key: jax.Array) -> dict[str, Params]:
         check_key(key, "classification.problem(...).init(key=...)")

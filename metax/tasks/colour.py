@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from metax.arguments import check_numbers
 from metax.base import check_key
 
 __all__ = ["colour_jitter"]
@@ -71,7 +72,10 @@ def colour_jitter(
       (True, 0.0)
     """
     check_key(key, "colour_jitter(key=...)")
-    given = zip(_NAMES, (brightness, contrast, saturation, hue), strict=True)
+    amounts = (brightness, contrast, saturation, hue)
+    given = tuple(zip(_NAMES, amounts, strict=True))
+    for name, value in given:
+        check_numbers("colour_jitter", name, value, least=0)
     strengths = {name: value for name, value in given if not _is_off(value)}
     _check_channels(image, strengths)
     key_change, key_time = jax.random.split(key)

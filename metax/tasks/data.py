@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metax.arguments import check_has
+
 __all__ = [
     "Dataset",
     "FiveWay",
@@ -106,6 +108,8 @@ def controller_data(splits: FiveWay) -> dict[str, Any]:
     Returns:
       `{"train", "valid"}`, the two parts of the controller.
     """
+    fields = ("controller_train", "controller_valid")
+    check_has("controller_data", "splits", splits, "a `FiveWay`", *fields)
     return {"train": splits.controller_train, "valid": splits.controller_valid}
 
 
@@ -118,6 +122,8 @@ def task_data(splits: FiveWay) -> dict[str, Any]:
     Returns:
       `{"train", "valid", "test"}`, the parts that no controller has seen.
     """
+    fields = ("task_train", "task_valid", "test")
+    check_has("task_data", "splits", splits, "a `FiveWay`", *fields)
     return {
         "train": splits.task_train,
         "valid": splits.task_valid,

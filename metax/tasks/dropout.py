@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from metax.arguments import check_numbers
 from metax.base import check_key
 
 __all__ = ["dropout"]
@@ -62,6 +63,7 @@ def dropout(
       NeurIPS 2016, arXiv 1512.05287 (sequences).
     """
     check_key(key, "dropout(key=...)")
+    check_numbers("dropout", "rate", rate, least=0, most=1)
     rate = jax.lax.stop_gradient(jnp.asarray(rate))
     _check(x, rate, shape)
     kept = (1 - rate).reshape(rate.shape + (1,) * (x.ndim - 1) * rate.ndim)

@@ -18,6 +18,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metax.arguments import (
+    check_axes,
+    check_count,
+    check_has,
+    check_length,
+    check_number,
+)
 from metax.base import AlternatingProblem, check_key, last_reward
 from metax.tasks.adversarial import (
     Batch,
@@ -141,6 +148,15 @@ def problem(
     """
     form = _format(dataset, pixel_range)
     _check_counts(generator_repeats, batch_size, score_samples, final_samples)
+    name = "gan.problem"
+    what = "an `Architecture`"
+    check_has(name, "architecture", architecture, what, "filters_g", "dim_z")
+    check_count(name, 1, validate_every=validate_every)
+    if patience is not None:
+        check_count(name, 0, patience=patience)
+    check_number(name, "metric_decay", metric_decay, least=0, below=1)
+    check_number(name, "discriminator_scale", discriminator_scale, least=0)
+    check_number(name, "learning_rate", learning_rate, least=0)
     if generator_loss not in ("non_saturating", "minimax"):
         raise ValueError(
             "`gan.problem(generator_loss=...)` must be 'non_saturating' or 'minimax'; "
@@ -238,6 +254,11 @@ def image_data(
       (5000, 128)
     """
     check_key(key, "gan.image_data(key=...)")
+    check_count("gan.image_data", 1, dim_z=dim_z, score_samples=score_samples)
+    for name, images in (("train", train), ("valid", valid)):
+        axes = "images, height, width, channels"
+        check_axes("gan.image_data", name, images, axes)
+        check_length("gan.image_data", name, images)
     latents = jax.random.normal(key, (score_samples, dim_z), jnp.float32)
     real = valid[:_REAL]
     fixed = {"real": real, "latents": latents, "classifier": classifier}

@@ -57,7 +57,7 @@ def gaussian_grid(
     Note:
       No problem of the paper: it is here for tests of schedules and restarts.
     """
-    if side < 1 or spacing <= 0 or std <= 0:
+    if not (side >= 1 and spacing > 0 and std > 0):
         raise ValueError(
             "`gaussian_grid(...)` must have side ≥ 1, spacing > 0 and std > 0; got "
             f"side={side}, spacing={spacing}, std={std}."

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from metax.arguments import check_has, check_length
 from metax.base import check_key
 from metax.tasks.data import Dataset, Split
 
@@ -44,6 +45,8 @@ def hold_out(data: Dataset, fraction: float) -> TuningData:
       >>> [len(split.label) for split in hold_out(load("digits"), 0.15)]
       [1221, 216, 360]
     """
+    check_has("hold_out", "data", data, "a `Dataset`", "train", "test")
+    check_length("hold_out", "data", data.train)
     num = len(data.train.label)
     num_valid = round(num * fraction) if 0 < fraction < 1 else 0
     if not 0 < num_valid < num:
@@ -76,6 +79,7 @@ def corrupt_labels(
         raw.
     """
     check_key(key, "corrupt_labels(key=...)")
+    check_has("corrupt_labels", "split", split, "a `Split`", "image", "label")
     if not 0 <= fraction <= 1:
         raise ValueError(
             f"`corrupt_labels(fraction=...)` must be in 0..1; got {fraction}."

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from metax.arguments import check_axes, check_number, check_numbers
 from metax.base import check_key
 from metax.tasks.colour import colour_jitter
 from metax.tasks.mixing import check_per_example
@@ -27,6 +28,8 @@ __all__ = [
 _AFFINE = ("rotation", "shear", "translate", "zoom")
 _COLOUR = ("brightness", "contrast", "saturation", "hue")
 _STRENGTHS = (*_AFFINE, *_COLOUR, "input_scale", "cutout_length", "cutout_holes")
+
+_IMAGE = "height, width, channels"
 
 
 def transform_images(
@@ -85,6 +88,8 @@ def transform_images(
         for name, value in strengths.items()
     }
     values = jax.lax.stop_gradient(values)
+    check_numbers("transform_images", "mean", mean)
+    check_numbers("transform_images", "std", std, above=0)
     is_integer = jnp.issubdtype(images.dtype, jnp.integer)
     x = jnp.asarray(images, jnp.float32) / (255.0 if is_integer else 1.0)
     mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
@@ -143,6 +148,11 @@ def affine(
       ValueError: the key is raw.
     """
     check_key(key, "affine(key=...)")
+    check_axes("affine", "image", image, _IMAGE)
+    moves = {"rotation": rotation, "shear": shear, "translate": translate, "zoom": zoom}
+    for name, strength in moves.items():
+        check_number("affine", name, strength)
+    image = jnp.asarray(image)
     draws = jax.random.uniform(key, (5,), jnp.float32, -1.0, 1.0)
     rotation, shear, translate, zoom = (
         jnp.asarray(strength, jnp.float32)
@@ -195,6 +205,7 @@ def horizontal_flip(image: jax.Array, key: jax.Array) -> jax.Array:
       ValueError: the key is raw.
     """
     check_key(key, "horizontal_flip(key=...)")
+    check_axes("horizontal_flip", "image", image, _IMAGE)
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
@@ -218,6 +229,7 @@ def scaling_noise(
       ValueError: the key is raw.
     """
     check_key(key, "scaling_noise(key=...)")
+    check_number("scaling_noise", "strength", strength, least=0)
     high = 1 + jnp.asarray(strength, jnp.float32)
     draw = jax.random.uniform(key, (), jnp.float32)
     return jnp.asarray(image, jnp.float32) * (1 / high + (high - 1 / high) * draw)
@@ -261,6 +273,9 @@ def cutout(
         raise ValueError(
             f"`cutout(max_holes=...)` must be at least 1; got {max_holes}."
         )
+    check_axes("cutout", "image", image, _IMAGE)
+    check_number("cutout", "length", length, least=0)
+    check_number("cutout", "holes", holes, least=0)
     height, width, _ = image.shape
     key_row, key_column = jax.random.split(key)
     rows = jax.random.randint(key_row, (max_holes,), 0, height, jnp.int32)
@@ -284,7 +299,7 @@ def _span(centre: jax.Array, length: ArrayLike, size: int) -> jax.Array:
 
 
 def _check_images(images: jax.Array, strengths: Mapping[str, ArrayLike]) -> None:
-    if images.ndim != 4:
+    if images.ndim != 4 or 0 in images.shape:
         raise ValueError(
             "`transform_images(images=...)` must have the axes batch, height, width, "
             f"channels; got shape {images.shape}. A grey image has one channel."
@@ -297,6 +312,9 @@ def _check_images(images: jax.Array, strengths: Mapping[str, ArrayLike]) -> None
             )
         argument = f"transform_images(strengths[{name!r}])"
         check_per_example(argument, value, images.shape[0])
+        check_numbers(
+            "transform_images", f"strengths={{{name!r}: ...}}", value, least=0
+        )
     if "cutout_holes" in strengths and "cutout_length" not in strengths:
         raise ValueError(
             "`transform_images(strengths=...)` has 'cutout_holes' without "

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from metax.arguments import check_axes, check_length
 from metax.base import Task
 from metax.tasks.labelled import image_classification
 from metax.tasks.models import max_pool
@@ -137,6 +138,8 @@ def inception_score(
       Salimans et al., "Improved techniques for training GANs", 2016, arXiv 1606.03498,
       section 4.
     """
+    check_axes("inception_score", "probabilities", probabilities, "images, classes")
+    check_length("inception_score", "probabilities", probabilities)
     num, num_classes = probabilities.shape
     if splits < 1 or num % splits:
         raise ValueError(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metax.arguments import check_has, check_number, refuse
 from metax.base import Task, check_key
 from metax.tasks.batching import minibatch
 from metax.tasks.data import Split
@@ -93,10 +94,12 @@ def image_classification(
             "`image_classification(batch_size=...)` must be at least 1, or None; "
             f"got {batch_size}."
         )
-    if isinstance(l2, int | float) and l2 < 0:
-        raise ValueError(
-            f"`image_classification(l2=...)` must be at least 0; got {l2}."
-        )
+    check_number("image_classification", "l2", l2, least=0)
+    what = "a flax module"
+    check_has("image_classification", "model", model, what, "init", "apply")
+    if not (augment is None or callable(augment)):
+        rule = "must be a function of batch and key, or None"
+        refuse("image_classification", "augment", rule, augment)
 
     def forward(params: Any, image: jax.Array, key: jax.Array) -> tuple[Any, Any]:
         """Logits and the collections that a training pass changes."""

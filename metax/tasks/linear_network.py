@@ -21,8 +21,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from metax.arguments import check_number
 from metax.base import BilevelProblem, Hparams, Hyperparameter, check_key
-from metax.tasks.ridge import Examples, RidgeData, tiled
+from metax.tasks.ridge import Examples, RidgeData, check_ridge, tiled
 
 __all__ = [
     "TwoLayerLinear",
@@ -60,12 +61,14 @@ def network_params(data: RidgeData, lam: Any) -> Any:
       `{"params": {"first": {"kernel"}, "second": {"kernel"}}}`. flax multiplies from
       the right: kernels of (in, out), so the rows of the text are columns here.
     """
+    _check("network_params", data, lam)
     eigenvalues, basis, readout = _eigenbasis(data)
     return _tree(basis * _shrinkage(eigenvalues, lam), readout[:, None])
 
 
 def network_response(data: RidgeData, lam: Any) -> Any:
     """The derivative of `network_params` by λ; the second layer does not move."""
+    _check("network_response", data, lam)
     eigenvalues, basis, readout = _eigenbasis(data)
     scale = _shrinkage(eigenvalues, lam) * row_rescaling(data, lam)
     return _tree(basis * scale, jnp.zeros_like(readout)[:, None])
@@ -86,6 +89,8 @@ def row_rescaling(data: RidgeData, lam: Any, *, sigma: Any = 0.0) -> jax.Array:
     Returns:
       (features,), in the order of the columns of the first kernel.
     """
+    _check("row_rescaling", data, lam)
+    check_number("row_rescaling", "sigma", sigma, least=0)
     eigenvalues, _, _ = _eigenbasis(data)
     penalty = jnp.exp(jnp.asarray(lam) + jnp.square(sigma) / 2)
     return -penalty / (eigenvalues + (1 + jnp.square(sigma)) * penalty)
@@ -135,6 +140,8 @@ def two_layer_regression(
                 f"`two_layer_regression({argument}=...)` must be at least 1; got "
                 f"{value}."
             )
+    check_number("two_layer_regression", "init", init, above=0)
+    check_number("two_layer_regression", "perturbation", perturbation, above=0)
     model = TwoLayerLinear(num_features)
 
     def init_fn(key: jax.Array) -> Any:
@@ -178,6 +185,11 @@ def two_layer_regression(
             )
         },
     )
+
+
+def _check(function: str, data: RidgeData, lam: Any) -> None:
+    check_ridge(function, data)
+    check_number(function, "lam", lam)
 
 
 def _eigenbasis(data: RidgeData) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from metax.arguments import check_count, check_number
+from metax.base import check_key
 from metax.tasks.dropout import dropout
 
 __all__ = ["MaskedDense", "MaskedEmbed", "dropconnect_mask", "word_mask"]
@@ -120,7 +122,9 @@ def dropconnect_mask(
       >>> sorted({float(m) for m in mask.ravel()}), round(float(mask.mean()), 1)
       ([0.0, 4.0], 1.0)
     """
+    check_key(key, "dropconnect_mask(key=...)")
     _check_scalar("dropconnect_mask(rate=...)", rate)
+    check_number("dropconnect_mask", "rate", rate, least=0, most=1)
     return dropout(jnp.ones(shape, jnp.float32), rate, key)
 
 
@@ -141,7 +145,10 @@ def word_mask(key: jax.Array, vocab: int, rate: jax.typing.ArrayLike) -> jax.Arr
     Raises:
       ValueError: `rate` is no scalar.
     """
+    check_key(key, "word_mask(key=...)")
+    check_count("word_mask", 1, vocab=vocab)
     _check_scalar("word_mask(rate=...)", rate)
+    check_number("word_mask", "rate", rate, least=0, most=1)
     return dropout(jnp.ones((vocab, 1), jnp.float32), rate, key)[:, 0]
 
 

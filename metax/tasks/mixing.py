@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from metax.arguments import check_axes, check_numbers
 from metax.base import check_key
 
 __all__ = ["check_per_example", "mixup", "smooth_labels"]
@@ -45,12 +46,14 @@ def mixup(
       arXiv:1710.09412.
     """
     check_key(key, "mixup(key=...)")
+    check_axes("mixup", "labels_onehot", labels_onehot, "batch, classes")
     batch = images.shape[0]
     if labels_onehot.shape[0] != batch:
         raise ValueError(
             "`mixup(labels_onehot=...)` must have one row an image; got "
             f"{labels_onehot.shape[0]} rows for {batch} images."
         )
+    check_numbers("mixup", "alpha", alpha, least=0)
     alpha = jax.lax.stop_gradient(jnp.asarray(alpha, jnp.float32))
     check_per_example("mixup(alpha=...)", alpha, batch)
     key_coefficient, key_partner = jax.random.split(key)
@@ -86,6 +89,8 @@ def smooth_labels(labels_onehot: jax.Array, strength: ArrayLike) -> jax.Array:
       >>> [[round(float(y), 3) for y in row] for row in smoothed]
       [[1.0, 0.0], [0.1, 0.9]]
     """
+    check_axes("smooth_labels", "labels_onehot", labels_onehot, "batch, classes")
+    check_numbers("smooth_labels", "strength", strength, least=0, most=1)
     s = jnp.asarray(strength, jnp.float32)
     check_per_example("smooth_labels(strength=...)", s, labels_onehot.shape[0])
     y = jnp.asarray(labels_onehot, jnp.float32)

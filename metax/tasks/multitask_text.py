@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from metax.arguments import check_count, check_has, check_one_of, refuse
 from metax.tasks.corpora import (
     Words,
     read_captions,
@@ -87,6 +88,8 @@ def load(
         raise ValueError(
             f"`translation.load(corpus=...)` must be 'multi30k'; got {corpus!r}."
         )
+    check_one_of("translation.load", "pos_tags", pos_tags, ("upos", "stts"))
+    check_count("translation.load", 1, vocab_size=vocab_size)
     if not 0 < fraction <= 1:
         raise ValueError(
             f"`translation.load(fraction=...)` must lie in (0, 1]; got {fraction}."
@@ -140,6 +143,10 @@ def synthetic(
       >>> splits.test["mt"]["target"].shape, translation.vocab_sizes(splits)["mt"]
       ((200, 11), 55)
     """
+    check_count("translation.synthetic", 0, seed=seed)
+    if not isinstance(sizes, tuple | list) or len(sizes) != 5:
+        rule = "must be the sentences of five parts"
+        refuse("translation.synthetic", "sizes", rule, sizes)
     low, high = lengths
     if vocab_size < 2 or not 1 <= low <= high or min(sizes) < 1:
         raise ValueError(
@@ -179,6 +186,8 @@ def vocab_sizes(splits: FiveWay) -> dict[str, int]:
       `"source"`, of all tasks together, `"mt"`, `"ner"` and `"pos"`: one more than the
       greatest id in any part.
     """
+    fields = ("controller_train", "task_train")
+    check_has("translation.vocab_sizes", "splits", splits, "a `FiveWay`", *fields)
     greatest = lambda task, side: max(int(part[task][side].max()) for part in splits)
     sizes = {task: greatest(task, "target") + 1 for task in TASKS}
     return {"source": max(greatest(task, "source") for task in TASKS) + 1, **sizes}

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import numpy as np
 
+from metax.arguments import check_has, check_length
 from metax.base import Task
 from metax.tasks.convnets import ConvNet, Layer, OneHidden, ResNet
 from metax.tasks.data import Split
@@ -245,7 +246,9 @@ def optimizee_data(split: Split, *, full_intensity: int = 255) -> dict[str, Any]
       >>> data["image"].shape, float(data["image"].max())
       ((1437, 8, 8, 1), 1.0)
     """
-    if full_intensity < 1:
+    check_has("optimizee_data", "split", split, "a `Split`", "image", "label")
+    check_length("optimizee_data", "split", (split.image, split.label))
+    if not full_intensity >= 1:
         raise ValueError(
             "`optimizee_data(full_intensity=...)` must be at least 1; got "
             f"{full_intensity}."

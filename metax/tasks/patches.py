@@ -15,6 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from metax.arguments import check_axes, refuse
+
 __all__ = ["Conv", "check_impl", "convolve_gray", "max_pool"]
 
 _IMPLS = ("auto", "gemm", "lax")
@@ -93,7 +95,7 @@ def max_pool(x: jax.Array, size: int) -> jax.Array:
       [batch, height // size, width // size, channels].
 
     Raises:
-      ValueError: `size` is below 1.
+      ValueError: `size` is below 1 or above a side, or `x` no batch of images.
 
     Example:
       >>> import jax.numpy as jnp
@@ -103,7 +105,11 @@ def max_pool(x: jax.Array, size: int) -> jax.Array:
     """
     if size < 1:
         raise ValueError(f"`max_pool(size=...)` must be at least 1; got {size}.")
+    check_axes("max_pool", "x", x, "batch, height, width, channels")
     batch, height, width, channels = x.shape
+    if size > min(height, width):
+        rule = f"must be at most the sides of the image, {height} and {width}"
+        refuse("max_pool", "size", rule, size)
     rows, columns = height // size, width // size
     x = x[:, : rows * size, : columns * size]
     x = x.reshape(batch, rows, size, columns, size, channels)

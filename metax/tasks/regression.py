@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metax.arguments import check_count, check_number
 from metax.base import Action, AlternatingProblem, check_key, last_reward
 from metax.tasks.data import FiveWay
 from metax.tasks.tables import (
@@ -88,6 +89,7 @@ def generate(
       deviation, which is the default here.
     """
     _check_draw("regression.generate", d, std, sizes)
+    check_count("regression.generate", 0, seed=seed)
     rng = np.random.RandomState(seed)
     w = rng.rand(d) - 0.5
     u, noise = np.empty((sum(sizes), d)), np.empty(sum(sizes))
@@ -199,6 +201,7 @@ def problem(
         at_least_zero={
             "lam": lam,
             "learning_rate": learning_rate,
+            "quadratic_scale": quadratic_scale,
             "reward_constant": reward_constant,
             "patience": patience,
         },
@@ -283,5 +286,4 @@ def _check_draw(function: str, d: int, std: Any, sizes: tuple[int, ...]) -> None
     if d < 1:
         raise ValueError(f"`{function}(d=...)` must be at least 1; got {d}.")
     check_sizes(function, sizes)
-    if isinstance(std, int | float) and std < 0:
-        raise ValueError(f"`{function}(std=...)` must be at least 0; got {std}.")
+    check_number(function, "std", std, least=0)

@@ -20,6 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metax.arguments import (
+    check_axes,
+    check_has,
+    check_length,
+    check_number,
+    check_numbers,
+    refuse,
+)
 from metax.base import (
     BilevelProblem,
     Hparams,
@@ -33,6 +41,7 @@ __all__ = [
     "Kind",
     "RidgeData",
     "check_kind",
+    "check_ridge",
     "diabetes_ridge",
     "ridge_regression",
     "tiled",
@@ -157,6 +166,11 @@ def ridge_regression(
             raise ValueError(
                 f"`ridge_regression({argument}=...)` must be at least 1; got {value}."
             )
+    check_numbers("ridge_regression", "init", init, above=0)
+    if jnp.shape(init) not in ((), (num_features,)):
+        rule = f"must be a scalar or of shape ({num_features},)"
+        refuse("ridge_regression", "init", rule, f"shape {jnp.shape(init)}")
+    check_number("ridge_regression", "perturbation", perturbation, above=0)
     name = _NAMES[kind]
 
     def init_fn(key: jax.Array) -> dict[str, jax.Array]:
@@ -212,6 +226,19 @@ def check_kind(function: str, kind: str) -> None:
         raise ValueError(
             f"`{function}(kind=...)` must be one of {kinds}; got {kind!r}."
         )
+
+
+def check_ridge(function: str, data: Any, lam: Any = 0.0) -> None:
+    """Refuses what is no `RidgeData`, and a λ that does not fit it."""
+    check_has(function, "data", data, "a `RidgeData`", "train", "valid")
+    for part in (data.train, data.valid):
+        check_axes(function, "data", part.x, "examples, features")
+        check_length(function, "data", part)
+    check_numbers(function, "lam", lam)
+    shape, features = jnp.shape(lam), jnp.shape(data.train.x)[1:]
+    if shape not in ((), features):
+        rule = f"must be a scalar or of shape {features}"
+        refuse(function, "lam", rule, f"shape {shape}")
 
 
 def _hyperparameter(

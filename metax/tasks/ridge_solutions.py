@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metax.tasks.ridge import Kind, RidgeData, check_kind
+from metax.arguments import check_number, check_numbers
+from metax.tasks.ridge import Kind, RidgeData, check_kind, check_ridge
 
 __all__ = [
     "best_weights",
@@ -37,6 +38,8 @@ def best_weights(data: RidgeData, lam: Any, *, kind: Kind = "global") -> jax.Arr
     Returns:
       (features,).
     """
+    check_kind("best_weights", kind)
+    check_ridge("best_weights", data, lam)
     gram, moment = _moments(data)
     return jnp.linalg.solve(gram + jnp.diag(_penalty(gram, lam, kind)), moment)
 
@@ -66,6 +69,9 @@ def response(
     References:
       Bae & Grosse, "Delta-STN", NeurIPS 2020, arXiv 2010.13514, Theorem 3 (σ → 0).
     """
+    check_kind("response", kind)
+    check_ridge("response", data, lam)
+    check_numbers("response", "sigma", sigma, least=0)
     gram, _ = _moments(data)
     variance = jnp.square(sigma)
     penalty = _penalty(gram, lam, kind) * jnp.exp(variance / 2)
@@ -101,6 +107,9 @@ def joint_solution(
     Raises:
       ValueError: λ has more than one coordinate.
     """
+    check_kind("joint_solution", kind)
+    check_ridge("joint_solution", data, lam)
+    check_number("joint_solution", "sigma", sigma, above=0)
     if jnp.ndim(lam) != 0:
         raise ValueError(
             "`joint_solution(lam=...)` must be a scalar: the system is that of a "
@@ -123,6 +132,8 @@ def joint_solution(
 
 def validation_loss(data: RidgeData, lam: Any, *, kind: Kind = "global") -> jax.Array:
     """L_V(w*(λ)) = ½ mean (xᵀw* − y)² over the validation examples, a scalar."""
+    check_kind("validation_loss", kind)
+    check_ridge("validation_loss", data, lam)
     residual = data.valid.x @ best_weights(data, lam, kind=kind) - data.valid.y
     return 0.5 * jnp.mean(residual**2)
 
@@ -133,6 +144,8 @@ def hypergradient(data: RidgeData, lam: Any, *, kind: Kind = "global") -> jax.Ar
     With respect to the natural value divide by dx/dλ: e^λ for a decay, p(1 − p) for a
     rate.
     """
+    check_kind("hypergradient", kind)
+    check_ridge("hypergradient", data, lam)
     x, y = data.valid
     residual = x @ best_weights(data, lam, kind=kind) - y
     gradient = jnp.asarray(x).T @ residual / len(y)
@@ -148,6 +161,8 @@ def optimum(data: RidgeData, *, kind: Kind = "global") -> jax.Array:
     Returns:
       A scalar; an end of the range where the loss falls towards it.
     """
+    check_kind("optimum", kind)
+    check_ridge("optimum", data)
     grid = jnp.linspace(*_SEARCH, 801)
     losses = jax.lax.map(lambda lam: validation_loss(data, lam, kind=kind), grid)
     best = jnp.argmin(losses)
@@ -172,6 +187,5 @@ def _moments(data: RidgeData) -> tuple[jax.Array, jax.Array]:
 
 def _penalty(gram: jax.Array, lam: Any, kind: Kind) -> jax.Array:
     """The diagonal of D(λ), (features,)."""
-    check_kind("ridge_solutions", kind)
     unit = jnp.diag(gram) if kind == "input_dropout" else jnp.ones(len(gram))
     return unit * jnp.exp(jnp.asarray(lam))

@@ -85,6 +85,8 @@ def check_scale(mean: Any, std: Any, function: str) -> tuple[np.ndarray, np.ndar
       ValueError: `std` is not above 0; the sentence names `function`.
     """
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    if not np.all(np.isfinite(mean)):
+        raise ValueError(f"`{function}(mean=...)` must be finite; got {mean}.")
     if not np.all(std > 0):
         raise ValueError(f"`{function}(std=...)` must be above 0; got {std}.")
     return mean, std

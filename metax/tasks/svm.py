@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metax.arguments import check_count
 from metax.base import Task, check_key
 
 __all__ = ["census_like", "smoothed_svm"]
@@ -33,6 +34,9 @@ def census_like(
     Returns:
       float64 [num_examples, num_features + 1], each row times its label, +1 or −1.
     """
+    check_count("census_like", 2, num_examples=num_examples)
+    check_count("census_like", 1, num_features=num_features)
+    check_count("census_like", 0, seed=seed)
     rng = np.random.default_rng(seed)
     shape = (num_examples, num_features)
     features = (rng.random(shape) < np.geomspace(0.8, 0.01, num_features)).astype(float)
@@ -72,6 +76,8 @@ def smoothed_svm(num_weights: int) -> Task:
     Note:
       It stands in for LIBSVM's a1a with the smoothed hinge.
     """
+
+    check_count("smoothed_svm", 1, num_weights=num_weights)
 
     def init(key: jax.Array) -> jax.Array:
         check_key(key, "smoothed_svm(...).init(key=...)")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metax.arguments import refuse
 from metax.tasks.data import FiveWay
 
 __all__ = [
@@ -75,6 +76,10 @@ def join_splits(*splits: Split) -> Split:
     Returns:
       Their rows one after the other; the noise is that of all of them.
     """
+    if len({jnp.shape(split.inputs)[1:] for split in splits}) != 1:
+        got = [jnp.shape(split.inputs) for split in splits]
+        rule = "must be one at least, all with the same columns"
+        refuse("join_splits", "splits", rule, f"inputs of shapes {got}")
     sizes = np.array([len(split.targets) for split in splits], np.float32)
     noise = sum(size * split.noise for size, split in zip(sizes, splits, strict=True))
     return Split(
@@ -116,7 +121,7 @@ def check_sizes(function: str, sizes: tuple[int, ...]) -> None:
     Raises:
       ValueError: there are not five, or one is below 1; `function` is named.
     """
-    if len(sizes) != 5 or min(sizes) < 1:
+    if not isinstance(sizes, tuple | list) or len(sizes) != 5 or min(sizes) < 1:
         raise ValueError(
             f"`{function}(sizes=...)` must be the rows of five parts, each at least "
             f"1; got {sizes}."
@@ -156,7 +161,7 @@ def check_settings(
             )
     for least, values in enumerate((at_least_zero, at_least_one)):
         for argument, value in values.items():
-            if isinstance(value, int | float) and value < least:
+            if isinstance(value, int | float) and not value >= least:
                 raise ValueError(
                     f"`{function}({argument}=...)` must be at least {least}; "
                     f"got {value}."

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metax.arguments import check_axes
 from metax.base import check_key
 
 __all__ = ["TextData", "batchify", "load_ptb", "segments", "synthetic_text"]
@@ -143,6 +144,7 @@ def batchify(tokens: Any, batch_size: int) -> Any:
     Raises:
       ValueError: `batch_size` is below 1 or above N.
     """
+    check_axes("batchify", "tokens", tokens, "tokens")
     if not 1 <= batch_size <= len(tokens):
         raise ValueError(
             "`batchify(batch_size=...)` must lie between 1 and the number of tokens; "
@@ -176,6 +178,7 @@ def segments(rows: Any, length: int) -> dict[str, Any]:
       >>> pieces["target"].tolist()
       [[[1, 2], [6, 7]], [[3, 4], [8, 9]]]
     """
+    check_axes("segments", "rows", rows, "batch, total")
     batch, total = rows.shape
     num = (total - 1) // length if length >= 1 else 0
     if num < 1:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metax.arguments import check_count, check_number, check_one_of
 from metax.base import Action, AlternatingProblem, check_key
 from metax.tasks.batching import minibatch
 from metax.tasks.multitask_text import TASKS, load, synthetic, vocab_sizes
@@ -120,6 +121,14 @@ def problem(
       the translation alone, there on any of the three tasks.
     """
     _check_arguments(vocab_sizes, hidden, depth, bidirectional, dropout, batch_size)
+    name = "translation.problem"
+    check_count(name, 1, embedding=embedding, hidden=hidden)
+    check_count(name, 1, validate_every=validate_every)
+    if patience is not None:
+        check_count(name, 0, patience=patience)
+    check_number(name, "learning_rate", learning_rate, least=0)
+    check_number(name, "clip_norm", clip_norm, above=0)
+    check_one_of(name, "optimizer_sharing", optimizer_sharing, ("variable", "action"))
     sizes = Sizes(embedding, hidden, depth, bidirectional, residual, dropout)
 
     def init(key: jax.Array) -> Groups:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from metax.arguments import check_has
 from metax.base import (
     BilevelProblem,
     Hparams,
@@ -116,6 +117,8 @@ def image_tuning(
       >>> bool(evaluate(params, data.valid)["loss"] > 2)  # log 10 = 2.3 by guessing
       True
     """
+    what = "a flax module of this package that can be tuned"
+    check_has("image_tuning", "model", model, what, "init", "apply", "rate_names")
     shape = image_shape(example, "image_tuning")
     mean, std = check_scale(mean, std, "image_tuning")
     if batch_size < 1:
@@ -268,6 +271,8 @@ def _check_hparams(
     hparams: Mapping[str, Hyperparameter], known: Collection[str]
 ) -> None:
     for name, spec in hparams.items():
+        what = "made of `Hyperparameter`s"
+        check_has("image_tuning", "hparams", spec, what, "init", "shared")
         if name not in known:
             raise ValueError(
                 "`image_tuning(hparams=...)` must have names among "

@@ -17,7 +17,7 @@ from metax.amalgamation.artifacts import (
 )
 from metax.amalgamation.hierarchical import scale
 from metax.amalgamation.policies import l2l, rnnprop
-from metax.artifact import ArtifactError, write_arrays
+from metax.artifact import ArtifactError, seal, write_arrays
 
 CARD = {"warmup_steps": 2, "warmup_learning_rate": 0.5, "licence": "Apache-2.0"}
 OPTIONS = {"hidden_size": 3, "num_layers": 1}
@@ -54,7 +54,7 @@ def test_every_policy_comes_back_bit_for_bit(tmp_path, name, options):
     jax.tree.map(np.testing.assert_array_equal, back, theta)
     assert {leaf.dtype for leaf in jax.tree.leaves(back)} == {jnp.dtype("float64")}
     assert (sidecar["policy"], sidecar["policy_options"]) == (name, options)
-    assert sidecar["schema"] == "metax.learned_optimizer/1"
+    assert sidecar["schema"] == "metax.learned_optimizer/2"
 
     @jax.jit
     def step(theta, params):
@@ -98,7 +98,7 @@ def test_files_of_another_policy_are_not_loaded(tmp_path, change):
         theta["output"]["w"] = jnp.ones((4, 1))
     sidecar = {"policy": "rnnprop", "policy_options": OPTIONS, **CARD}
     path = tmp_path / "trained"
-    write_arrays(path, theta, schema="metax.learned_optimizer/1", sidecar=sidecar)
+    write_arrays(path, theta, schema="metax.learned_optimizer/2", sidecar=sidecar)
     with pytest.raises(ArtifactError, match="leaf 'output/[wx]'") as caught:
         load_artifact(path)
     assert str(path) in str(caught.value)
@@ -112,7 +112,7 @@ def test_a_flipped_byte_and_another_schema_are_not_loaded(tmp_path):
     file.write_bytes(content)
     with pytest.raises(ArtifactError, match="sha256"):
         load_artifact(path)
-    write_arrays(path, weights(), schema="metax.controller/1", sidecar=CARD)
+    write_arrays(path, weights(), schema="metax.controller/2", sidecar=CARD)
     with pytest.raises(ArtifactError, match="must have the schema"):
         load_artifact(path)
 
@@ -132,7 +132,7 @@ def test_cards_that_cannot_be_followed_are_refused(tmp_path, changes, words):
     file = path.with_suffix(".json")
     card = json.loads(file.read_text()) | changes
     card = {name: value for name, value in card.items() if value is not None}
-    file.write_text(json.dumps(card))
+    file.write_text(seal(card))
     with pytest.raises(ArtifactError) as caught:
         load_artifact(path)
     assert words in str(caught.value)

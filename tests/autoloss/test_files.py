@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metax.artifact import ArtifactError
+from metax.artifact import ArtifactError, seal
 from metax.autoloss.controllers import bind, context_free, controller, leaky_relu
 from metax.autoloss.features import (
     custom,
@@ -44,11 +44,11 @@ def saved(path, *, seen=None, network=None, **options):
 
 
 def edit(path, change):
-    """Changes the sidecar."""
+    """Changes the sidecar on purpose."""
     file = path.with_name(path.name + ".json")
     card = json.loads(file.read_text(encoding="utf-8"))
     change(card)
-    file.write_text(json.dumps(card), encoding="utf-8")
+    file.write_text(seal(card), encoding="utf-8")
 
 
 def same(a, b):
@@ -188,7 +188,7 @@ def test_a_file_of_another_version_of_the_features_is_refused(tmp_path, field, v
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        (lambda card: card.update(schema="metax.controller/2"), "schema"),
+        (lambda card: card.update(schema="metax.controller/3"), "schema"),
         (lambda card: card.pop("actions"), "actions"),
         (lambda card: card.update(features=3), "features.name"),
         (lambda card: card["features"].pop("size"), "features.size"),

@@ -1,0 +1,1 @@
+"""Which bad inputs each public function refuses: a table, a module a package."""

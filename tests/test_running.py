@@ -1,0 +1,50 @@
+"""What docs/running.md shows is what happens: its blocks are run, in order."""
+
+import contextlib
+import importlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = (Path(__file__).parents[1] / "docs" / "running.md").read_text(encoding="utf-8")
+# a python block and what it prints; "python cluster" needs machines we do not have
+BLOCKS = re.findall(
+    r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", PAGE, flags=re.DOTALL
+)
+CLUSTER = re.findall(r"```python cluster\n(.*?)```", PAGE, flags=re.DOTALL)
+
+
+def missing(source: str) -> list[str]:
+    """Names of metax that a block imports and that are not there."""
+    found = re.findall(r"^from (metax[\w.]*) import (.+)$", source, flags=re.MULTILINE)
+    return [
+        f"{module}.{name}"
+        for module, names in found
+        for name in names.split(", ")
+        if not hasattr(importlib.import_module(module), name)
+    ]
+
+
+def test_the_blocks_print_what_the_page_says(tmp_path, monkeypatch):
+    assert len(BLOCKS) == 3
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    shared: dict = {}
+    for source, output in BLOCKS:
+        if missing(source):
+            pytest.skip(f"the harness has no {missing(source)}")
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(source, "running.md", "exec"), shared)
+        assert output
+        assert printed.getvalue() == output
+
+
+@pytest.mark.parametrize("source", CLUSTER)
+def test_what_needs_a_cluster_is_python_at_least(source):
+    compile(source, "running.md", "exec")
+
+
+def test_the_page_is_short():
+    assert len(PAGE.splitlines()) < 150
