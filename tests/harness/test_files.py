@@ -1,5 +1,7 @@
 import dataclasses
+import errno
 import json
+import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from metax.harness import write_json
-from metax.harness.files import make_folder, replacing
+from metax.harness import StorageError, write_json
+from metax.harness.files import make_folder, replacing, storing
 
 
 class Pair(NamedTuple):
@@ -77,3 +79,23 @@ def test_folder_below_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"f\(x=...\)` must be a folder .*--out"):
         make_folder(tmp_path / "file" / "run", "f(x=...)")
+
+
+def store(path, error):
+    with storing(path):
+        raise error
+
+
+def test_trouble_of_a_disk_names_the_file_and_crosses_processes(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(StorageError, match=r"value.json could.*No space.*--resume"):
+        store(tmp_path / "value.json", full)
+    with pytest.raises(StorageError) as caught:
+        write_json(tmp_path / "nowhere" / "value.json", 1)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), again.errno) == (StorageError, errno.ENOENT)
+    assert again.filename == str(tmp_path / "nowhere" / "value.json")
+    with pytest.raises(StorageError, match="Input/output error|a library's words"):
+        store(tmp_path, OSError("a library's words"))
+    with pytest.raises(TypeError):
+        store(tmp_path, TypeError("not of a disk"))

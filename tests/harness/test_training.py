@@ -1,3 +1,4 @@
+import pickle
 from typing import NamedTuple
 
 import jax
@@ -189,6 +190,12 @@ def test_non_finite_info_with_finite_state_has_no_leaf():
         None,
         None,
     )
+
+
+def test_non_finite_error_crosses_processes():
+    error = NonFiniteError(3, "['w']", "checkpoints/2", (".loss",))
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.step, str(again)) == (NonFiniteError, 3, str(error))
 
 
 def test_check_finite_can_be_switched_off():
