@@ -2,10 +2,11 @@
 
 Each takes a `Loop` and returns a `Loop`, so they nest: `replicate(grid(...), 5)` runs a
 grid of settings from five seeds in one compiled program. Given a mesh, either spreads
-its axis over the devices, each of which runs the `vmap` of its share: the numbers are
-those of that `vmap` bit for bit, and those of another share up to rounding, since a
-product of two columns and one of sixteen are different code. `evaluate_in_turn` runs
-the same one after another, for steps that a scan or a vmap slows down.
+its axis over the devices, each of which runs the `vmap` of its share and waits for no
+other. Two devices and eight give the same bits where a share is as wide; one
+`vmap` over all on one device gives the same up to rounding, since a product of two
+columns and one of sixteen are different code. `evaluate_in_turn` runs the same one
+after another, for steps that a scan or a vmap slows down.
 """
 
 import itertools

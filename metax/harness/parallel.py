@@ -54,7 +54,7 @@ def device_mesh(num_devices: int | None = None) -> Mesh:
       >>> dict(device_mesh(1).shape)
       {'device': 1}
     """
-    found: dict[int, list[jax.Device]] = {}
+    found: dict[int, list[Any]] = {}
     for device in jax.devices():
         found.setdefault(device.process_index, []).append(device)
     fewest = min(len(devices) for devices in found.values())

@@ -110,10 +110,10 @@ def sweep(
     if executor is None:
         for folder, cell in todo:
             _run_cell(fn, cell, folder)
-    elif hasattr(executor, "submit") and not isinstance(executor, type):
-        _run_all(executor, fn, todo)
-    else:
+    elif callable(executor):
         _run_in_pools(executor, fn, todo)
+    else:
+        _run_all(executor, fn, todo)
     results = [_read(folder) for folder in folders]
     failed = tuple(f for f in folders if not (f / "result.json").exists())
     if failed:

@@ -79,7 +79,7 @@ def stand_in_learn(settings, keys, data):
     )  # fmt: skip
 
 
-def stand_ins(config):
+def stand_ins(config, mesh=None):
     named = autoloss_regression.hand_made(autoloss_regression.Config(thresholds=True))
     kinds = ("AutoLoss", "context-free", "AutoLoss without losses")
     return {
