@@ -26,7 +26,6 @@ WITHOUT_ROWS = {
     "autoloss.leaky_relu": "elementwise, of any array",
     "stn.HyperparameterSpace": "made by `delta_stn`, which checks",
     "stn.NoResponse": "a leaf without contents",
-    "harness.NonFiniteError": "an error",
     "harness.append_metrics": "writes any rows; an OSError names the file",
     "harness.latest_step": "answers None for a folder without checkpoints",
     "harness.mean_rows": "called by `record_run`, which checks what it returns",
@@ -72,6 +71,8 @@ FUNCTIONS = dict(public_functions())
 
 def reason(name: str, value: Any) -> str | None:
     """Why a public name needs no row; None where it does."""
+    if isinstance(value, type) and issubclass(value, BaseException):
+        return "an error"
     if isinstance(value, type) and name.startswith("tasks."):
         return FLAX
     if not isinstance(value, type) and not inspect.signature(value).parameters:
