@@ -51,7 +51,7 @@ FLOORS = {
     "tasks": floor(
         "arguments base", "jax numpy optax flax", inside="tensorflow_datasets sklearn"
     ),
-    "harness": floor("base", "jax numpy orbax tqdm tyro", inside="scipy"),
+    "harness": floor("arguments base", "jax numpy orbax tqdm tyro", inside="scipy"),
 }
 # what one file may that its package may not
 ALSO_INSIDE = {"harness/plot.py": {"matplotlib"}}

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from metax.arguments import check_has
 from metax.base import Loop, LoopLike, check_key
 from metax.harness.freezing import freeze as frozen_loop
 from metax.harness.parallel import (
@@ -50,6 +51,7 @@ def replicate(loop: LoopLike, num_seeds: int, *, mesh: Mesh | None = None) -> Lo
     Raises:
       ValueError: `num_seeds` is below 1, or no multiple of the number of devices.
     """
+    check_has("replicate", "loop", loop, "a `Loop`", "init", "step")
     if num_seeds < 1:
         raise ValueError(
             f"`replicate(num_seeds=...)` must be at least 1; got {num_seeds}."
@@ -162,6 +164,7 @@ def evaluate(
     Raises:
       ValueError: as in `train` and `replicate`.
     """
+    check_has("evaluate", "loop", loop, "a `Loop`", "init", "step")
     check_key(key, "evaluate(key=...)")
     # jitted, a step is traced once, although it is asked for the shapes of its info
     loop = Loop(loop.init, jax.jit(loop.step))

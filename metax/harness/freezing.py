@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metax.arguments import check_has
 from metax.base import Loop, LoopLike
 
 __all__ = ["FreezeState", "first_non_finite", "freeze"]
@@ -67,6 +68,7 @@ def freeze(loop: LoopLike, data: Any) -> Loop:
       >>> float(state.state.params), infos.is_finite.tolist()
       (-2.0, [True, True, False, False])
     """
+    check_has("freeze", "loop", loop, "a `Loop`", "init", "step")
     step_once = jax.jit(loop.step)  # traced once, for its shapes and for its steps
 
     def init(key: jax.Array) -> FreezeState:
@@ -112,6 +114,8 @@ def first_non_finite(infos: Any) -> np.ndarray:
       >>> first_non_finite(Info(np.array([[True, True], [True, False]]))).tolist()
       [-1, 1]
     """
+    what = "infos of `evaluate`"
+    check_has("first_non_finite", "infos", infos, what, "is_finite")
     bad = ~np.asarray(infos.is_finite)
     return np.where(bad.any(1), bad.argmax(1), -1)
 

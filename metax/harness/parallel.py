@@ -20,6 +20,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from metax.arguments import check_count, check_has
 from metax.base import Loop, LoopLike
 
 __all__ = [
@@ -165,6 +166,11 @@ def shard(loop: LoopLike, mesh: Mesh, size: int) -> Loop:
       >>> float(train(loop, None, jax.random.key(0), num_steps=2)[0])
       3.0
     """
+    check_has("shard", "loop", loop, "a `Loop`", "init", "step")
+    check_has(
+        "shard", "mesh", mesh, "a mesh, of `device_mesh()`", "axis_names", "shape"
+    )
+    check_count("shard", 1, size=size)
     check_share("shard(size=...)", size, mesh)
     divided, whole = spread_sharding(mesh), NamedSharding(mesh, P())
     has_axis = lambda leaf: leaf.shape[:1] == (size,)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from metax.arguments import check_has
 from metax.base import LoopLike, check_key, unroll
 from metax.harness.processes import all_on_host
 
@@ -122,6 +123,7 @@ def train(
       (0.5, [8.0, 4.0, 2.0, 1.0])
     """
     check_key(key, "train(key=...)")
+    check_has("train", "loop", loop, "a `Loop`", "init", "step")
     chunk = _check_steps(num_steps, start, chunk, state)
     key_init, key_run = jax.random.split(key)
     done, checkpoint = [], None

@@ -11,6 +11,8 @@ from tests.inputs.base import DATA, LOOP, TASK
 from tests.inputs.cases import ABSENT, KEY, NAN, RAW, case, counts, numbers, rows
 
 LEVEL = numbers("level", bad=(NAN, 0.0, 1.0))
+LOOPS = (("loop", None), ("loop", TASK))
+MESH = harness.device_mesh()
 STEPS = (*counts("num_steps", "chunk"), ("key", RAW))
 BUILD = lambda rate: inner_loop(TASK, sgd_hd(rate, 0.01))
 SETTINGS = (
@@ -44,6 +46,7 @@ TABLE = {
         harness.evaluate,
         {"loop": LOOP, "data": DATA, "key": KEY, "num_steps": 2, "num_seeds": 2},
         *STEPS,
+        *LOOPS,
         *counts("num_seeds"),
         named=("train", "replicate"),
         runs=False,
@@ -145,7 +148,7 @@ TABLE = {
         runs=False,
     ),
     "harness.replicate": case(
-        harness.replicate, {"loop": LOOP, "num_seeds": 2}, *counts("num_seeds")
+        harness.replicate, {"loop": LOOP, "num_seeds": 2}, *counts("num_seeds"), *LOOPS
     ),
     "harness.replicate:init": case(
         harness.replicate(LOOP, 2).init, {"key": KEY}, ("key", RAW), runs=False
@@ -166,11 +169,35 @@ TABLE = {
         harness.train,
         {"loop": LOOP, "data": DATA, "key": KEY, "num_steps": 2},
         *STEPS,
+        *LOOPS,
         ("chunk", 3),
         ("start", -1),
         ("start", 2),
         ("start", 1, "train(state=...)"),
         ("state", {}, "step(state=...)"),
+        runs=False,
+    ),
+    "harness.device_mesh": case(
+        harness.device_mesh, {}, *counts("num_devices"), ("num_devices", 99)
+    ),
+    "harness.first_non_finite": case(
+        harness.first_non_finite, {"infos": None}, ("infos", {}), runs=False
+    ),
+    "harness.freeze": case(harness.freeze, {"loop": LOOP, "data": DATA}, *LOOPS),
+    "harness.shard": case(
+        harness.shard,
+        {"loop": LOOP, "mesh": MESH, "size": 3},
+        *LOOPS,
+        ("mesh", None),
+        *counts("size"),
+    ),
+    "harness.start_devices": case(
+        harness.start_devices, {"num_devices": 1}, *counts("num_devices"), runs=False
+    ),
+    "harness.sweep": case(
+        harness.sweep,
+        {"cells": [{"a": 1}], "fn": len, "directory": ABSENT},
+        ("directory", ABSENT),
         runs=False,
     ),
 }
