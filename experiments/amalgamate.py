@@ -76,6 +76,15 @@ DIGITS = Config(
     max_repeats=2,
     num_replicates=3,
 )
+SHORT = dataclasses.replace(
+    DIGITS,
+    depths=(1, 2, 5),
+    validation_depths=(2, 5, 10),
+    weights=(0.2, 0.1, 0.05),
+    trajectories=(10, 10, 4),
+    periods=(6, 3, 3),
+    max_repeats=1,
+)
 PAPER = dataclasses.replace(
     DIGITS,
     optimizee="Train",
@@ -92,7 +101,7 @@ PAPER = dataclasses.replace(
     steps_per_epoch=468,
     num_evaluations=10,
 )
-PRESETS = {"digits": DIGITS, "paper": PAPER}
+PRESETS = {"digits": DIGITS, "short": SHORT, "paper": PAPER}
 
 
 def replicate(
