@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.amalgamation_problems import problem
 from experiments.meta_training import (
     Trained,
     Trainer,
@@ -40,7 +41,7 @@ from experiments.meta_training import (
     trainer,
     warmup,
 )
-from experiments.optimizer_runs import Race, learned, problem, race, stacked
+from experiments.optimizer_runs import Race, learned, race, stacked
 from experiments.training_cards import card, training_command
 from metax.amalgamation import LearnedOptimizer, load_artifact, pool, save_artifact
 from metax.harness import (
