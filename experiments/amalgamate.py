@@ -5,11 +5,14 @@ periods that are validated and may be repeated; candidates of all stages must su
 long horizon. Each replicate is a training of its own, one after the other with the same
 compiled step. `--reduce choice` first trains a choice policy over the pool, by itself,
 and then amalgamates it; `--reduce none` is plain meta-learning, which is how the
-baselines (`--student l2l`, `scale`, `rnnprop_lv`) are trained. What is chosen becomes
-`replicate_<i>.safetensors` and its card, and is judged as in `amalgamation_evaluate`.
+baselines (`--student l2l`, `scale`, `rnnprop_lv`) are trained; with
+`--imitation-probability 0.3` some truncations only copy Adam, the stronger baselines of
+Chen et al. What is chosen becomes `replicate_<i>.safetensors` and its card, and is
+judged as in `amalgamation_evaluate`.
 
     python -m experiments.amalgamate                        1 minute on 2 cores
     python -m experiments.amalgamate --preset digits        half an hour, 3 replicates
+    python -m experiments.amalgamate --preset short         4 minutes a replicate
     python -m experiments.amalgamate --preset paper         a GPU
 
 Expect of `--preset digits` ln training losses of -4.2 to -4.8 after 375 steps, and best

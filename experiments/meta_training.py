@@ -288,7 +288,8 @@ def train_choice(
     config: Training, optimizee: Optimizee, data: Any, key: jax.Array
 ) -> Trained:
     """A choice policy over the pool, alone; the recipe of the paper's release."""
-    alone = dataclasses.replace(config, perturbation="none", input_noise=0.0)
+    plain: dict[str, Any] = {"perturbation": "none", "input_noise": 0.0}
+    alone = dataclasses.replace(config, imitation_probability=0.0, **plain)
     parts = trainer(alone, optimizee, choice_student(config), {})
     how: dict[str, Any] = {"repeat_threshold": 0.9, "stage_reference": "validation"}
     return train_student(
