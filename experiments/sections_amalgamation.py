@@ -99,8 +99,8 @@ def students(record: dict, folder: Path = RESULTS) -> list[str]:
         "",
         *table(heads, means),
         "",
-        f"Trained once, so not compared: {', '.join(single) or 'none'}.",
-        f"Not run: {', '.join(missing) or 'none'}.",
+        f"Trained once, so not compared: {'; '.join(single) or 'none'}.",
+        f"Not run: {'; '.join(missing) or 'none'}.",
     ]
 
 

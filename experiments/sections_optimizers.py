@@ -164,7 +164,9 @@ def _verdicts(problems: list[str], lines: list[dict]) -> list[str]:
         (f"`{name}`", *(own.get(problem, "–") for problem in problems))
         for name, own in cells.items()
     ]
-    return rows and [
+    if not rows:
+        return []
+    return [
         "Mean best ln test less the oracle's, and in brackets the rules that a learned",
         "optimizer beats at their best rates:",
         "",

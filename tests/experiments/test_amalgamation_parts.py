@@ -39,7 +39,7 @@ def loops():
 def test_imitation_by_turns_hands_weights_and_meta_state_over_and_nothing_else(loops):
     loop, imitation = loops
     start = loop.init(jax.random.key(0))
-    after, infos = by_turns(*loops, 1.0)(loop, start, KEYS, ())
+    after, infos = by_turns(loop, imitation, 1.0)(loop, start, KEYS, ())
     first, _ = host_unroll(loop)(loop, start, KEYS[:1], ())
     # the first step is the loop's own, and all others are not
     assert infos.meta_loss.shape == (1,)
@@ -56,9 +56,9 @@ def test_imitation_by_turns_hands_weights_and_meta_state_over_and_nothing_else(l
 
 
 def test_without_imitation_turns_are_the_loop_alone(loops):
-    loop, _ = loops
+    loop, imitation = loops
     start = loop.init(jax.random.key(0))
-    own = by_turns(*loops, 0.0)(loop, start, KEYS, ())
+    own = by_turns(loop, imitation, 0.0)(loop, start, KEYS, ())
     jax.tree.map(
         np.testing.assert_array_equal, own, host_unroll(loop)(loop, start, KEYS, ())
     )
