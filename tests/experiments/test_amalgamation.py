@@ -149,15 +149,23 @@ def test_choice_trains_a_policy_then_a_student_and_reuses_the_policy(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "student", ["l2l", pytest.param("scale", marks=pytest.mark.slow)]
+    ("student", "more"),
+    [
+        ("l2l", ["--random-scale", "0"]),
+        ("scale", ["--random-scale", "0"]),
+        ("rnnprop", ["--imitation-probability", "0.5", "--trajectories", "3"]),
+    ],
 )
-def test_baselines_are_trained_without_teachers(student, tmp_path, monkeypatch):
+def test_baselines_are_trained_without_teachers(student, more, tmp_path, monkeypatch):
     monkeypatch.setattr(amalgamate, "judged", stop)
-    argv = [*TINY, "--reduce", "none", "--student", student, "--random-scale", "0"]
+    argv = [*TINY, "--reduce", "none", "--student", student, *more]
     with pytest.raises(Trained):
         amalgamate.main([*argv, "--out", str(tmp_path)])
-    assert load_artifact(tmp_path / "replicate_0")[2]["policy"] == student
-    assert read_metrics(tmp_path)[0]["truncations"] == 1
+    card = load_artifact(tmp_path / "replicate_0")[2]
+    assert card["policy"] == student
+    assert all(word in card["training_command"] for word in more[:1])
+    (trajectories,) = card["config"]["trajectories"]
+    assert read_metrics(tmp_path)[0]["truncations"] == trajectories
 
 
 def test_evaluate_sets_learned_files_beside_rules(
