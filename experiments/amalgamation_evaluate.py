@@ -11,7 +11,7 @@ over them with the interval of Eq. 9. What is measured already is not run again.
 
     python -m experiments.amalgamation_evaluate                     1 minute on 2 cores
     python -m experiments.amalgamation_evaluate --preset small      10 minutes
-    python -m experiments.amalgamation_evaluate --preset transfer   10 minutes
+    python -m experiments.amalgamation_evaluate --preset transfer   5 minutes
     python -m experiments.amalgamation_evaluate --preset paper      a GPU
 
 Baselines are trained first, each by one command, `--preset short` or a longer one:
@@ -83,7 +83,7 @@ PRESETS = {
         judge_every=11, num_evaluations=3,
     ),
     "transfer": Config(
-        problems=("MLP",), rules=("adam", "rmsprop", "sgd"), num_steps=702,
+        problems=("MLP",), rules=("adam", "rmsprop", "sgd"), num_steps=468,
         judge_every=117, steps_per_epoch=117, num_evaluations=3,
     ),
     "paper": Config(
