@@ -16,14 +16,14 @@ over them with the interval of Eq. 9. What is measured already is not run again.
 
 Baselines are trained first, each by one command, `--preset short` or a longer one:
 
-    python -m experiments.amalgamate --preset short --reduce none --student rnnprop_lv
-        --out runs/rnnprop_lv
+    python -m experiments.amalgamate --preset short --out runs/minmax
+    ... --reduce none --student rnnprop_lv --out runs/rnnprop_lv
     ... --reduce none --student l2l --random-scale 0 --out runs/l2l
     ... --reduce none --student scale --random-scale 0 --out runs/scale
     ... --reduce none --student rnnprop_lv --imitation-probability 0.3
         --out runs/stronger
     python -m experiments.amalgamation_evaluate --preset small --learned all
-        runs/rnnprop_lv runs/l2l runs/scale runs/stronger
+        runs/minmax runs/rnnprop_lv runs/l2l runs/scale runs/stronger
 
 Expect on the digits Adam at .05 near -5.4 (ln training loss) and -3.6 (best ln test
 loss), and the pretrained optimizers near -4.6 and -3.3.
