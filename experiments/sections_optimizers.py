@@ -168,7 +168,7 @@ def _verdicts(problems: list[str], lines: list[dict]) -> list[str]:
         return []
     return [
         "Mean best ln test less the oracle's, and in brackets the rules that a learned",
-        "optimizer beats at their best rates, by the means alone, few runs as they are:",
+        "optimizer beats at their best rates; by the means alone, of few runs:",
         "",
         *table(("", *problems), rows),
     ]
