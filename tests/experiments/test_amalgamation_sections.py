@@ -106,7 +106,13 @@ def test_stability_stands_beside_the_table_of_the_paper():
     whole = {"finite": 2, "replicates": 2, "statistics": dict.fromkeys(names, found)}
     bounded = dict.fromkeys(names, found | {"meta_interval": [0.1, 0.9]})
     record = {
-        "config": CONFIG | {"num_replicates": 2, "optimizee": "Digits"},
+        "config": CONFIG
+        | {
+            "num_replicates": 2,
+            "optimizee": "Digits",
+            "depths": [1, 2],
+            "trajectories": [20, 10],
+        },
         "rows": {
             "gaussian 0": whole | {"statistics": bounded},
             "input noise 0.1": whole,
@@ -114,6 +120,7 @@ def test_stability_stands_beside_the_table_of_the_paper():
         },
     }
     lines = sections_optimizers.stability(record)
+    assert "40 truncations, without selection" in "\n".join(lines)
     plain, noise, gaussian = lines[-3:]
     assert "-3.00 [-3.20, -2.80] | 0.250 [0.100, 0.900] | 0.050" in plain
     assert "-3.00 [-3.20, -2.80] | 0.250 | 0.050" in noise
