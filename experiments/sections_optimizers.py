@@ -106,7 +106,23 @@ def stability(record: dict) -> list[str]:
         "six replicates on an MNIST CNN; it does not say its levels of input noise.",
         "",
         *table(heads, rows),
+        "",
+        _apart(record["rows"]),
     ]
+
+
+def _apart(cells: dict[str, dict]) -> str:
+    """Which rows have meta-stabilities whose intervals do not overlap."""
+    found = {n: c.get("statistics", {}).get("best_valid", {}) for n, c in cells.items()}
+    ends = {n: x["meta_interval"] for n, x in found.items() if "meta_interval" in x}
+    pairs = [
+        f"{low} below {high}"
+        for low, (_, top) in ends.items()
+        for high, (bottom, _) in ends.items()
+        if top < bottom
+    ]
+    apart = "; ".join(pairs) or "no two rows are told apart"
+    return f"Meta-stability of best ln test, by its intervals: {apart}."
 
 
 def benchmark(record: dict) -> list[str]:

@@ -121,7 +121,15 @@ def test_stability_stands_beside_the_table_of_the_paper():
     }
     lines = sections_optimizers.stability(record)
     assert "40 truncations, without selection" in "\n".join(lines)
-    plain, noise, gaussian = lines[-3:]
+    assert "no two rows are told apart" in lines[-1]
+    cells = record["rows"]
+    cells["gaussian 0.01"] = {
+        "finite": 2, "replicates": 2,
+        "statistics": {"best_valid": found | {"meta_interval": [1.0, 2.0]}},
+    }  # fmt: skip
+    said = sections_optimizers.stability(record)[-1]
+    assert said.endswith(": gaussian 0 below gaussian 0.01.")
+    plain, noise, gaussian = lines[-5:-2]
     assert "-3.00 [-3.20, -2.80] | 0.250 [0.100, 0.900] | 0.050" in plain
     assert "-3.00 [-3.20, -2.80] | 0.250 | 0.050" in noise
     assert noise.endswith("| 1.637 |")
