@@ -5,11 +5,14 @@ periods that are validated and may be repeated; candidates of all stages must su
 long horizon. Each replicate is a training of its own, one after the other with the same
 compiled step. `--reduce choice` first trains a choice policy over the pool, by itself,
 and then amalgamates it; `--reduce none` is plain meta-learning, which is how the
-baselines (`--student l2l`, `scale`, `rnnprop_lv`) are trained. What is chosen becomes
-`replicate_<i>.safetensors` and its card, and is judged as in `amalgamation_evaluate`.
+baselines (`--student l2l`, `scale`, `rnnprop_lv`) are trained; with
+`--imitation-probability 0.3` some truncations only copy Adam, the stronger baselines of
+Chen et al. What is chosen becomes `replicate_<i>.safetensors` and its card, and is
+judged as in `amalgamation_evaluate`.
 
     python -m experiments.amalgamate                        1 minute on 2 cores
     python -m experiments.amalgamate --preset digits        half an hour, 3 replicates
+    python -m experiments.amalgamate --preset short         4 minutes a replicate
     python -m experiments.amalgamate --preset paper         a GPU
 
 Expect of `--preset digits` ln training losses of -4.2 to -4.8 after 375 steps, and best
@@ -25,6 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.amalgamation_problems import problem
 from experiments.meta_training import (
     Trained,
     Trainer,
@@ -40,7 +44,7 @@ from experiments.meta_training import (
     trainer,
     warmup,
 )
-from experiments.optimizer_runs import Race, learned, problem, race, stacked
+from experiments.optimizer_runs import Race, learned, race, stacked
 from experiments.training_cards import card, training_command
 from metax.amalgamation import LearnedOptimizer, load_artifact, pool, save_artifact
 from metax.harness import (
@@ -76,6 +80,15 @@ DIGITS = Config(
     max_repeats=2,
     num_replicates=3,
 )
+SHORT = dataclasses.replace(
+    DIGITS,
+    depths=(1, 2, 5),
+    validation_depths=(2, 5, 10),
+    weights=(0.2, 0.1, 0.05),
+    trajectories=(10, 10, 4),
+    periods=(6, 3, 3),
+    max_repeats=1,
+)
 PAPER = dataclasses.replace(
     DIGITS,
     optimizee="Train",
@@ -92,7 +105,7 @@ PAPER = dataclasses.replace(
     steps_per_epoch=468,
     num_evaluations=10,
 )
-PRESETS = {"digits": DIGITS, "paper": PAPER}
+PRESETS = {"digits": DIGITS, "short": SHORT, "paper": PAPER}
 
 
 def replicate(

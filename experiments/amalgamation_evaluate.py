@@ -5,12 +5,25 @@ behind the warm-up of its card. Analytical rules are run at a grid of rates; the
 *oracle* of a problem is that of all of them with the least mean best test loss, and so
 is chosen on the measure it is judged by, as in the paper: it is a bound, not a
 competitor. Learned optimizers have nothing to choose. `--learned` takes names of
-`metax.amalgamation.pretrained()` and files that `experiments.amalgamate` wrote, without
-their suffix; replicates of one folder are also set apart by Eq. 9.
+`metax.amalgamation.pretrained()`, files that `experiments.amalgamate` wrote, without
+their suffix, and its folders: the replicates of one are a line of the table, the mean
+over them with the interval of Eq. 9. What is measured already is not run again.
 
     python -m experiments.amalgamation_evaluate                     1 minute on 2 cores
-    python -m experiments.amalgamation_evaluate --preset transfer   10 minutes
+    python -m experiments.amalgamation_evaluate --preset small      10 minutes
+    python -m experiments.amalgamation_evaluate --preset transfer   5 minutes
     python -m experiments.amalgamation_evaluate --preset paper      a GPU
+
+Baselines are trained first, each by one command, `--preset short` or a longer one:
+
+    python -m experiments.amalgamate --preset short --out runs/minmax
+    ... --reduce none --student rnnprop_lv --out runs/rnnprop_lv
+    ... --reduce none --student l2l --random-scale 0 --out runs/l2l
+    ... --reduce none --student scale --random-scale 0 --out runs/scale
+    ... --reduce none --student rnnprop_lv --imitation-probability 0.3
+        --out runs/stronger
+    python -m experiments.amalgamation_evaluate --preset small --learned all
+        runs/minmax runs/rnnprop_lv runs/l2l runs/scale runs/stronger
 
 Expect on the digits Adam at .05 near -5.4 (ln training loss) and -3.6 (best ln test
 loss), and the pretrained optimizers near -4.6 and -3.3.
@@ -18,20 +31,21 @@ loss), and the pretrained optimizers near -4.6 and -3.3.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from experiments.amalgamation_problems import SMALL, problem
+from experiments.amalgamation_tables import QUANTITIES, across, table, wobble
 from experiments.optimizer_runs import (
     RATES,
     RULES,
     Race,
     analytical,
     learned,
-    problem,
     race,
     stacked,
 )
@@ -41,9 +55,6 @@ from metax.harness import (
     append_metrics,
     create_run,
     long_rows,
-    mean_interval,
-    mixed_effects,
-    optimization_stability,
     parse,
     plot_panels,
     read_metrics,
@@ -54,8 +65,9 @@ from metax.harness import (
 @dataclasses.dataclass(frozen=True)
 class Config:
     problems: tuple[str, ...] = ("Digits",)
-    learned: tuple[str, ...] = ("all",)  # names or files; "all" for all pretrained
+    learned: tuple[str, ...] = ("all",)  # names, files, folders; "all": pretrained
     rules: tuple[str, ...] = tuple(RULES)
+    rates: tuple[float, ...] = RATES
     warmup_steps: int = 100  # of the analytical rules
     num_steps: int = 375  # a warm-up, and 25 epochs of the digits
     judge_every: int = 1
@@ -66,9 +78,13 @@ class Config:
 
 
 PRESETS = {
+    "small": Config(
+        problems=("Digits", *SMALL), rules=("adam", "rmsprop", "sgd"), num_steps=374,
+        judge_every=11, num_evaluations=3,
+    ),
     "transfer": Config(
-        problems=("MLP",), num_steps=2340, judge_every=117, steps_per_epoch=468,
-        num_evaluations=3,
+        problems=("MLP",), rules=("adam", "rmsprop", "sgd"), num_steps=468,
+        judge_every=117, steps_per_epoch=117, num_evaluations=3,
     ),
     "paper": Config(
         problems=("Train", "MLP", "Wider", "Deeper", "FMNIST", "CIFAR", "ResNet",
@@ -76,7 +92,6 @@ PRESETS = {
         num_steps=11_700, judge_every=468, steps_per_epoch=468, num_evaluations=10,
     ),
 }  # fmt: skip
-QUANTITIES = ("train", "best_valid", "last_valid", "accuracy")
 
 
 class Group(NamedTuple):
@@ -93,26 +108,51 @@ class Group(NamedTuple):
     thetas: list[Any]
 
 
-def groups(asked: tuple[str, ...]) -> dict[str, Group]:
+def found(asked: Sequence[str]) -> dict[str, Path]:
+    """The learned optimizers that are asked for: names, as tables have them, and files.
+
+    A replicate is `<folder>/replicate_<i>`, as files of several folders share names.
+    """
+    files: dict[str, Path] = {}
+    for word in asked:
+        if word == "all" or word in pretrained():
+            names = pretrained() if word == "all" else (word,)
+            files |= {name: PRETRAINED / name for name in names}
+            continue
+        path = Path(word)
+        inside = [path]
+        if path.is_dir():
+            cards = sorted(path.glob("replicate_*.json"))
+            inside = [card.with_suffix("") for card in cards]
+        if not inside:
+            raise FileNotFoundError(
+                f"--learned {word}: no replicate_<i>.json there; "
+                f"`python -m experiments.amalgamate --out {word}` writes them."
+            )
+        files |= {"/".join(file.parts[-2:]): file for file in inside}
+    return files
+
+
+def groups(files: Mapping[str, Path]) -> list[Group]:
     """The learned optimizers by what they share."""
-    names = pretrained() if asked == ("all",) else asked
     together: dict[str, Group] = {}
-    for name in names:
-        path = PRETRAINED / name if name in pretrained() else Path(name)
+    for name, path in files.items():
         student, theta, card = load_artifact(path)
         warm = card["warmup_steps"], card["warmup_learning_rate"]
         same = f"{card['policy']} {card['policy_options']} {warm}"
         group = together.setdefault(same, Group(learned(student, *warm), [], []))
-        # files of several folders have the same names
-        group.names.append("/".join(Path(name).parts[-2:]))
+        group.names.append(name)
         group.thetas.append(theta)
-    return together
+    return list(together.values())
 
 
 def measure(
-    config: Config, name: str, mesh: Any
-) -> tuple[dict[str, Race], dict[str, list]]:
-    """All optimizers on one problem: races by label, and the settings of each."""
+    config: Config, name: str, known: set[str], mesh: Any
+) -> Iterator[tuple[Race, str | None, list]]:
+    """All optimizers on one problem, but for those known: a race, its rule, settings.
+
+    The rule is None for learned optimizers, whose settings are their names.
+    """
     optimizee, *sets = problem(name, config.data_dir)
     how: dict[str, Any] = {
         "num_steps": config.num_steps,
@@ -121,106 +161,36 @@ def measure(
         "last": config.steps_per_epoch,
         "mesh": mesh,
     }
-    key, races, settings = jax.random.key(config.seed), {}, {}
-    rates = np.asarray(RATES, np.float32)
+    key, data = jax.random.key(config.seed), tuple(sets)
     for rule in config.rules:
-        races[rule] = race(
-            optimizee, analytical(rule, config.warmup_steps, 0.01), rates, tuple(sets),
-            key, label=f"{name}: {rule}", **how,
-        )  # fmt: skip
-        settings[rule] = list(RATES)
-    for same, (build, names, thetas) in groups(config.learned).items():
-        races[same] = race(
-            optimizee, build, stacked(thetas), tuple(sets), key,
-            label=f"{name}: {names[0]}", **how,
-        )  # fmt: skip
-        settings[same] = names
-    return races, settings
+        if rule not in known:
+            build = analytical(rule, config.warmup_steps, 0.01)
+            rates = np.asarray(config.rates, np.float32)
+            how["label"] = f"{name}: {rule}"
+            yield race(optimizee, build, rates, data, key, **how), rule, [*config.rates]
+    files = found(config.learned)
+    missing = {who: file for who, file in files.items() if who not in known}
+    for build, names, thetas in groups(missing):
+        how["label"] = f"{name}: {names[0]}"
+        yield race(optimizee, build, stacked(thetas), data, key, **how), None, names
 
 
 def rows_of(
-    config: Config, problem_name: str, races: dict[str, Race], settings: dict[str, list]
+    config: Config, problem_name: str, outcome: Race, rule: str | None, settings: list
 ) -> list[dict[str, Any]]:
     """One row an evaluation: problem, optimizer, setting, seed, outcomes."""
-    rows = []
-    for label, outcome in races.items():
-        wobbles = wobble(outcome, config.steps_per_epoch // config.judge_every)
-        for i, setting in enumerate(settings[label]):
-            is_rule = label in RULES
-            measured = {q: getattr(outcome, q)[:, i] for q in QUANTITIES}
-            measured["finite"] = outcome.is_finite[:, i].astype(float)
-            measured["optimization_stability"] = wobbles[:, i]
-            axes = {"seed": range(config.num_evaluations)}
-            rows += long_rows(
-                measured, axes, problem=problem_name,
-                optimizer=label if is_rule else setting,
-                setting=float(setting) if is_rule else 0.0,
-                kind="analytical" if is_rule else "learned",
-            )  # fmt: skip
+    rows, axes = [], {"seed": range(config.num_evaluations)}
+    wobbles = wobble(outcome, config.steps_per_epoch // config.judge_every)
+    for i, setting in enumerate(settings):
+        measured = {q: getattr(outcome, q)[:, i] for q in QUANTITIES}
+        measured["finite"] = outcome.is_finite[:, i].astype(float)
+        measured["optimization_stability"] = wobbles[:, i]
+        rows += long_rows(
+            measured, axes, problem=problem_name,
+            optimizer=rule or setting, setting=float(setting) if rule else 0.0,
+            kind="analytical" if rule else "learned",
+        )  # fmt: skip
     return rows
-
-
-def wobble(outcome: Race, per_epoch: int) -> np.ndarray:
-    """Optimization stability of each run; NaN where it diverged. Over whole epochs."""
-    curves = np.exp(outcome.curves)
-    per_epoch = max(per_epoch, 1)
-    num = curves.shape[-1] // per_epoch
-    shape = (*curves.shape[:-1], num, per_epoch)
-    epochs = curves[..., : num * per_epoch].reshape(shape).mean(-1)
-    found = np.full(epochs.shape[:-1], np.nan)
-    sound = (np.isfinite(epochs) & (epochs > 0)).all(-1)
-    if num > 1 and sound.any():
-        found[sound] = optimization_stability(epochs[sound])
-    return found
-
-
-def table(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """A line an optimizer, at its best rate; the oracle is marked."""
-    mine = [row for row in rows if row["problem"] == name]
-    lines = []
-    for optimizer in dict.fromkeys(row["optimizer"] for row in mine):
-        own = [row for row in mine if row["optimizer"] == optimizer]
-        by_setting = {
-            s: [row for row in own if row["setting"] == s]
-            for s in dict.fromkeys(row["setting"] for row in own)
-        }
-        setting, found = min(by_setting.items(), key=lambda pair: level(pair[1]))
-        line: dict[str, Any] = {
-            "problem": name,
-            "optimizer": optimizer,
-            "kind": own[0]["kind"],
-            "setting": setting,
-            "finite": float(np.mean([row["finite"] for row in found])),
-        }
-        for q in (*QUANTITIES, "optimization_stability"):
-            values = [row[q] for row in found]
-            sound = len(values) > 1 and np.isfinite(values).all()
-            line[q] = mean_interval(values) if sound else float(np.mean(values))
-        lines.append(line)
-    rules = [line for line in lines if line["kind"] == "analytical"]
-    best = min(rules, key=lambda line: _finite(line["best_valid"]), default=None)
-    return [{**line, "oracle": line is best} for line in lines]
-
-
-def level(rows: list[dict[str, Any]]) -> float:
-    """The mean best test loss; a run that never had one is worse than any."""
-    return _finite(np.mean([row["best_valid"] for row in rows]))
-
-
-def across(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Eq. 9 over the replicates of each folder, by problem."""
-    found: dict[str, Any] = {}
-    for row in rows:
-        folder, _, name = row["optimizer"].rpartition("/")
-        if name.startswith("replicate_"):
-            runs = found.setdefault(f"{row['problem']}: {folder}", {})
-            runs.setdefault(name, []).append(row["best_valid"])
-    values = {name: list(runs.values()) for name, runs in found.items()}
-    return {
-        name: mixed_effects(x)._asdict()
-        for name, x in values.items()
-        if len(x) > 1 and len(x[0]) > 1 and np.isfinite(x).all()
-    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -228,9 +198,11 @@ def main(argv: list[str] | None = None) -> None:
         Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
     )
     run, begin = create_run(options.out, config), time.perf_counter()
-    finished = {row["problem"] for row in read_metrics(run)}
-    for name in [name for name in config.problems if name not in finished]:
-        append_metrics(run, rows_of(config, name, *measure(config, name, options.mesh)))
+    done = read_metrics(run)
+    for name in config.problems:
+        known = {row["optimizer"] for row in done if row["problem"] == name}
+        for outcome in measure(config, name, known, options.mesh):
+            append_metrics(run, rows_of(config, name, *outcome))
     rows = read_metrics(run)
     lines = [line for name in config.problems for line in table(rows, name)]
     for line in lines:
@@ -252,11 +224,6 @@ def main(argv: list[str] | None = None) -> None:
         for name in config.problems
     }
     plot_panels(run / "figure.png", panels, xlabel="0: last, 1: best", ylabel="ln test")
-
-
-def _finite(value: Any) -> float:
-    mean = np.ravel(value)[0]
-    return float(mean) if np.isfinite(mean) else np.inf
 
 
 if __name__ == "__main__":

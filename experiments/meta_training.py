@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
+from experiments.amalgamation_imitation import by_turns
 from experiments.optimizer_runs import STUDENTS
 from metax import Loop
 from metax.amalgamation import (
@@ -20,6 +21,7 @@ from metax.amalgamation import (
     amalgamate,
     clip_by_weight_norm,
     curriculum,
+    imitate,
     long_horizon_gate,
     perturb,
     release_settings,
@@ -29,6 +31,8 @@ from metax.amalgamation.artifacts import POLICIES
 from metax.harness import host_unroll
 from metax.tasks.optimizees import Optimizee
 
+# the one teacher of the stronger baselines
+IMITATED = optax.adam(0.01)
 # depths of a choice policy's curriculum, a period each
 CHOICE_DEPTHS = (1, 2, 5, 5, 5)
 
@@ -42,6 +46,7 @@ class Training:
     pool: Literal["small", "large"] = "small"
     setting: Literal["paper", "release"] = "paper"
     reduce: Literal["none", "mean", "minmax", "softmax", "choice"] = "minmax"
+    imitation_probability: float = 0.0  # of a step that only copies Adam at .01
     perturbation: Literal["none", "gaussian", "adversarial"] = "none"
     perturbation_size: float = 5e-4
     input_noise: float = 0.0
@@ -71,7 +76,7 @@ class Trainer(NamedTuple):
 
     Attributes:
       loop: of the student.
-      run: `host_unroll` of it.
+      run: `host_unroll` of it, or `by_turns` with imitation.
       validate: as in `validation_loss`.
       gate: as in `long_horizon_gate`.
     """
@@ -167,6 +172,10 @@ def choice_stages(config: Training) -> tuple[Stage, ...]:
     return tuple(Stage(d * length, deep, 0.0, trajectories, 1) for d in depths)
 
 
+def meta_optimizer(config: Training) -> optax.GradientTransformation:
+    return optax.chain(clip_by_weight_norm(), optax.adam(config.meta_learning_rate))
+
+
 def build(
     config: Training, optimizee: Optimizee, student: LearnedOptimizer, teachers: dict
 ) -> Loop:
@@ -177,7 +186,6 @@ def build(
         "adversarial": lambda: perturb.adversarial(config.perturbation_size),
     }
     several = config.reduce in ("minmax", "softmax") and len(teachers) > 1
-    meta = optax.chain(clip_by_weight_norm(), optax.adam(config.meta_learning_rate))
     released = release_settings() if config.setting == "release" else {}
     return amalgamate(
         optimizee.task,
@@ -191,7 +199,7 @@ def build(
         perturbation=moves[config.perturbation](),
         input_noise=config.input_noise,
         second_order=config.second_order,
-        meta_optimizer=meta,
+        meta_optimizer=meta_optimizer(config),
         estimator=config.estimator,
         remat=config.remat,
         **{**released, **warmup(config)},
@@ -218,7 +226,20 @@ def trainer(
         window=min(100, config.gate_steps),
         **warmup(config),
     )
-    return Trainer(loop, host_unroll(loop), jax.jit(validate), jax.jit(gate))
+    run = host_unroll(loop)
+    if config.imitation_probability:
+        copy = imitate(
+            optimizee.task,
+            student,
+            IMITATED,
+            truncation_length=config.truncation_length,
+            unroll_length=config.truncation_length,
+            num_tasks=config.num_tasks,
+            random_scale=config.random_scale,
+            meta_optimizer=meta_optimizer(config),
+        )
+        run = by_turns(loop, copy, config.imitation_probability)
+    return Trainer(loop, run, jax.jit(validate), jax.jit(gate))
 
 
 def train_student(
@@ -267,7 +288,8 @@ def train_choice(
     config: Training, optimizee: Optimizee, data: Any, key: jax.Array
 ) -> Trained:
     """A choice policy over the pool, alone; the recipe of the paper's release."""
-    alone = dataclasses.replace(config, perturbation="none", input_noise=0.0)
+    plain: dict[str, Any] = {"perturbation": "none", "input_noise": 0.0}
+    alone = dataclasses.replace(config, imitation_probability=0.0, **plain)
     parts = trainer(alone, optimizee, choice_student(config), {})
     how: dict[str, Any] = {"repeat_threshold": 0.9, "stage_reference": "validation"}
     return train_student(

@@ -1,4 +1,4 @@
-"""What the experiments on learned optimizers share: problems, students, and races.
+"""What the experiments on learned optimizers share: students, and races.
 
 No script, and not to be run. A *race* runs one rule at several settings from several
 seeds on a problem, and judges its parameters on the other split on the way.
@@ -16,13 +16,7 @@ from metax import Loop, inner_loop, unroll
 from metax.amalgamation import LearnedOptimizer, with_warmup
 from metax.amalgamation.teachers import adam_constant_correction
 from metax.harness import evaluate, grid
-from metax.tasks import load
-from metax.tasks.optimizees import (
-    OPTIMIZEES,
-    Optimizee,
-    digits_data,
-    optimizee_data,
-)
+from metax.tasks.optimizees import Optimizee
 
 # The students by the names that scripts know them by: their policy and its options.
 STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -63,15 +57,6 @@ class Race(NamedTuple):
     accuracy: np.ndarray
     is_finite: np.ndarray
     curves: np.ndarray
-
-
-def problem(name: str, data_dir: str | None) -> tuple[Optimizee, Data, Data]:
-    """A problem by its name in `OPTIMIZEES`, its training data and its test data."""
-    optimizee = OPTIMIZEES[name]()
-    if optimizee.dataset == "digits":
-        return optimizee, *digits_data()
-    sets: Any = load(optimizee.dataset, data_dir=data_dir)  # type: ignore[arg-type]
-    return optimizee, optimizee_data(sets.train), optimizee_data(sets.test)
 
 
 def race(

@@ -287,6 +287,10 @@ SECTIONS = {
         "Optimizer amalgamation: digits",
         sections_amalgamation.digits,
     ),
+    "amalgamation_short_minmax": (
+        "Optimizer amalgamation: other learned optimizers, trained alike",
+        sections_amalgamation.students,
+    ),
     "amalgamation_evaluate": (
         "Optimizer amalgamation: problems and optimizers",
         sections_optimizers.evaluations,

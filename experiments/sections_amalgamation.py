@@ -15,6 +15,15 @@ OTHERS = {
     "meta only": "amalgamation_digits_none",
     "choice": "amalgamation_digits_choice",
 }
+# All students at the budget of `--preset short`, where they were run.
+STUDENTS = {
+    "RNNProp, min-max": "amalgamation_short_minmax",
+    "RNNProp, meta only": "amalgamation_short_none",
+    "RNNProp of Lv et al.": "amalgamation_short_rnnprop_lv",
+    "the same, and imitation": "amalgamation_short_stronger",
+    "L2L": "amalgamation_short_l2l",
+    "Scale": "amalgamation_short_scale",
+}
 # What a prototype reached by the same recipe on another machine, seeds 0 to 2: ln train
 # and best ln test by 275 steps after the warm-up, last ln train of 2,000 clipped steps.
 PROTOTYPE = {
@@ -27,6 +36,7 @@ RULES = (
     ("RMSProp .02", -3.37, -3.38),
     ("SGD 1.0, the edge of the grid", -3.07, -2.88),
 )
+QUANTITIES = ("train", "best", "long")
 GOALS = {
     "best ln test of each replicate": ("best", -2.95),
     "ln train of each replicate": ("train", -2.0),
@@ -43,8 +53,71 @@ def digits(record: dict, folder: Path = RESULTS) -> list[str]:
     runs = {"minmax": record}
     runs |= {name: json.loads(files[name].read_text()) for name in others}
     measured = {name: _replicates(run) for name, run in runs.items()}
+    return [
+        *_legend(record["config"]),
+        *(f"{name}: `{runs[name]['command']}`." for name in others),
+        "",
+        *_outcomes("teachers", measured),
+        "",
+        *_differences(measured),
+        "",
+        *_goals(measured),
+        "",
+        *_reference(measured),
+    ]
+
+
+def students(record: dict, folder: Path = RESULTS) -> list[str]:
+    """Students of all kinds, trained for equally long and chosen in the same way."""
+    files = {name: folder / f"{file}.json" for name, file in STUDENTS.items()}
+    runs = {
+        name: json.loads(file.read_text())
+        for name, file in files.items()
+        if file.is_file()
+    }
+    measured = {name: _replicates(run) for name, run in runs.items()}
+    heads = ("student", "trainings", "ln train", "best ln test", "long: last ln train")
+    means = [
+        (name, len(rows), *(_interval_of([row[q] for row in rows]) for q in QUANTITIES))
+        for name, rows in measured.items()
+    ]
+    missing = [name for name in STUDENTS if name not in runs]
+    single = [name for name, rows in measured.items() if len(rows) < 2]
+    return [
+        "A third of the budget of the section above, the same for all students: stages",
+        "of 1, 2 and 5 truncations, validation, at most one repeat of a period, the",
+        "gate and the selection. L2L and Scale without random scaling, as published;",
+        "loss, second order and meta-optimizer are those of amalgamation, so these are",
+        "the baselines of its paper and not those of their authors.",
+        "",
+        *_legend(record["config"]),
+        *(f"{name}: `{run['command']}`." for name, run in runs.items()),
+        "",
+        *_outcomes("student", measured),
+        "",
+        "Means over trainings, with the interval between them:",
+        "",
+        *table(heads, means),
+        "",
+        f"Trained once, so not compared: {'; '.join(single) or 'none'}.",
+        f"Not run: {'; '.join(missing) or 'none'}.",
+    ]
+
+
+def _legend(config: dict) -> list[str]:
+    return [
+        f"Means of {config['num_evaluations']} runs of {config['num_steps']} steps, "
+        f"warm-up included; `long`: {config['gate_steps']} steps,",
+        "gradients clipped to norm 1, the last 100 averaged. `refused`: by the gate,",
+        "of the candidates that it saw. Truncations: repeats included.",
+        "CPU-s: of the process, compilation included.",
+    ]
+
+
+def _outcomes(first: str, measured: dict[str, list[dict]]) -> list[str]:
+    """A table of replicates; `first` is the title of what sets them apart."""
     heads = (
-        "teachers", "replicate", "ln train", "best ln test", "long: last ln train",
+        first, "replicate", "ln train", "best ln test", "long: last ln train",
         "long: best ln test", "gate passed", "refused", "truncations", "repeats",
         "CPU-s training", "validation", "selection",
     )  # fmt: skip
@@ -63,23 +136,7 @@ def digits(record: dict, folder: Path = RESULTS) -> list[str]:
         for name, rows in measured.items()
         for row in rows
     ]  # fmt: skip
-    config = record["config"]
-    return [
-        f"Means of {config['num_evaluations']} runs of {config['num_steps']} steps, "
-        f"warm-up included; `long`: {config['gate_steps']} steps,",
-        "gradients clipped to norm 1, the last 100 averaged. `refused`: by the gate,",
-        "of the candidates that it saw. Truncations: repeats included.",
-        "CPU-s: of the process, compilation included.",
-        *(f"{name}: `{runs[name]['command']}`." for name in others),
-        "",
-        *table(heads, lines),
-        "",
-        *_differences(measured),
-        "",
-        *_goals(measured),
-        "",
-        *_reference(measured),
-    ]  # fmt: skip
+    return table(heads, lines)
 
 
 def _replicates(record: dict) -> list[dict[str, Any]]:
@@ -151,10 +208,9 @@ def _goals(measured: dict[str, list[dict]]) -> list[str]:
 
 def _reference(measured: dict[str, list[dict]]) -> list[str]:
     """Means beside those of the prototype and of analytical rules."""
-    quantities = ("train", "best", "long")
     rows: list[tuple] = []
     for name, own in measured.items():
-        means = [_interval_of([row[q] for row in own]) for q in quantities]
+        means = [_interval_of([row[q] for row in own]) for q in QUANTITIES]
         rows.append((name, "here", *means))
         if name in PROTOTYPE:
             columns = zip(*PROTOTYPE[name], strict=True)

@@ -15,10 +15,11 @@ from experiments import (
     meta_training,
     sections_optimizers,
 )
+from experiments.amalgamation_problems import problem
 from experiments.meta_training import choice_options, policy_of, warmup
-from experiments.optimizer_runs import STUDENTS, problem
+from experiments.optimizer_runs import STUDENTS
 from experiments.training_cards import training_command
-from metax.amalgamation import load_artifact
+from metax.amalgamation import load_artifact, pretrained
 from metax.harness import read_metrics
 
 LEFT_BEHIND = {"config.json", "metrics.jsonl", "summary.json", "figure.png"}
@@ -148,15 +149,23 @@ def test_choice_trains_a_policy_then_a_student_and_reuses_the_policy(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "student", ["l2l", pytest.param("scale", marks=pytest.mark.slow)]
+    ("student", "more"),
+    [
+        ("l2l", ["--random-scale", "0"]),
+        ("scale", ["--random-scale", "0"]),
+        ("rnnprop", ["--imitation-probability", "0.5", "--trajectories", "3"]),
+    ],
 )
-def test_baselines_are_trained_without_teachers(student, tmp_path, monkeypatch):
+def test_baselines_are_trained_without_teachers(student, more, tmp_path, monkeypatch):
     monkeypatch.setattr(amalgamate, "judged", stop)
-    argv = [*TINY, "--reduce", "none", "--student", student, "--random-scale", "0"]
+    argv = [*TINY, "--reduce", "none", "--student", student, *more]
     with pytest.raises(Trained):
         amalgamate.main([*argv, "--out", str(tmp_path)])
-    assert load_artifact(tmp_path / "replicate_0")[2]["policy"] == student
-    assert read_metrics(tmp_path)[0]["truncations"] == 1
+    card = load_artifact(tmp_path / "replicate_0")[2]
+    assert card["policy"] == student
+    assert all(word in card["training_command"] for word in more[:1])
+    (trajectories,) = card["config"]["trajectories"]
+    assert read_metrics(tmp_path)[0]["truncations"] == trajectories
 
 
 def test_evaluate_sets_learned_files_beside_rules(
@@ -164,20 +173,29 @@ def test_evaluate_sets_learned_files_beside_rules(
 ):
     files = [str(minmax / f"replicate_{i}") for i in range(2)]
     argv = [*JUDGED, "--steps-per-epoch", "2", "--warmup-steps", "2", "--rules", "adam"]
+    argv += ["--rates", "0.01", "0.1"]
     amalgamation_evaluate.main([*argv, "--learned", *files, "--out", str(tmp_path)])
     assert "<- oracle" in capsys.readouterr().out
     summary = summary_of(tmp_path)
-    adam, *learned = summary["table"]
+    adam, learned = summary["table"]
     assert adam["oracle"]
-    assert adam["setting"] in amalgamation_evaluate.RATES
-    assert [line["oracle"] for line in learned] == [False, False]
-    assert [line["optimizer"].split("/")[1] for line in learned] == [
-        "replicate_0", "replicate_1"
-    ]  # fmt: skip
-    assert len(summary["across"]) == 1
-    monkeypatch.setattr(amalgamation_evaluate, "measure", forbid)
+    assert adam["setting"] in (0.01, 0.1)
+    # two replicates of one folder are one line, with the interval between them
+    assert (learned["oracle"], learned["replicates"]) == (False, 2)
+    (found,) = summary["across"].values()
+    assert learned["best_valid"]["low"] == found["ci_low"]
+    monkeypatch.setattr(amalgamation_evaluate, "race", forbid)
     amalgamation_evaluate.main(["--resume", str(tmp_path)])
     assert summary_of(tmp_path)["table"] == summary["table"]
+
+
+def test_evaluate_takes_the_replicates_of_a_folder(minmax, tmp_path):
+    files = amalgamation_evaluate.found(["all", str(minmax)])
+    own = [f"{minmax.name}/replicate_{i}" for i in range(2)]
+    assert list(files) == [*pretrained(), *own]
+    assert [len(group.thetas) for group in amalgamation_evaluate.groups(files)][-1] == 2
+    with pytest.raises(FileNotFoundError, match="replicate_<i>.json"):
+        amalgamation_evaluate.found([str(tmp_path)])
 
 
 def test_a_rule_that_diverges_is_never_the_best():

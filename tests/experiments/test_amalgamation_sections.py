@@ -54,6 +54,23 @@ def test_digits_gives_the_welch_interval_of_min_max_less_meta_only(tmp_path):
     assert "meta only: `python -m this --reduce none`" in text
 
 
+def test_students_say_how_often_each_was_trained_and_which_were_not(tmp_path):
+    once = digits_record([-3.0], "python -m this --student l2l")
+    (tmp_path / "amalgamation_short_l2l.json").write_text(json.dumps(once))
+    twice = tmp_path / "amalgamation_short_minmax.json"
+    twice.write_text(json.dumps(digits_record([-4.0, -4.2])))
+    record = json.loads(twice.read_text())
+    text = "\n".join(sections_amalgamation.students(record, tmp_path))
+    low, high = stats.t.interval(0.95, 1, -4.1, 0.1)
+    assert f"| RNNProp, min-max | 2 | -4.100 [{low:.3f}, {high:.3f}] |" in text
+    assert "| L2L | 1 | -3.00 | -3.00 | -3.00 |" in text
+    assert "L2L: `python -m this --student l2l`." in text
+    assert "Trained once, so not compared: L2L." in text
+    left = text.splitlines()[-1]
+    assert "Scale" in left
+    assert "min-max" not in left
+
+
 @pytest.mark.parametrize("problem", ["Digits", "MLP"])
 def test_evaluations_mark_the_oracle_and_say_losses(problem):
     def line(name, best, kind, oracle=False):
@@ -72,8 +89,9 @@ def test_evaluations_mark_the_oracle_and_say_losses(problem):
         ],
     }
     text = "\n".join(sections_optimizers.evaluations(record))
-    assert f"| {problem} | CPU | `adam` **(oracle)** | 0.05 | -3.400" in text
-    assert "+0.30 from the oracle; beats sgd at their best rates; loses to adam" in text
+    scale = "CPU" if problem == "MLP" else "digits"
+    assert f"| {problem} | {scale} | `adam` **(oracle)** | 0.05 | – | -3.400" in text
+    assert "| `amalgamated-small` | +0.30 (sgd) |" in text
     left = text.splitlines()[-1]
     assert ("MLP" in left) == (problem != "MLP")
     assert "ResNet-52" in left
@@ -86,12 +104,33 @@ def test_stability_stands_beside_the_table_of_the_paper():
     }  # fmt: skip
     names = ("best_valid", "train", "optimization_stability")
     whole = {"finite": 2, "replicates": 2, "statistics": dict.fromkeys(names, found)}
+    bounded = dict.fromkeys(names, found | {"meta_interval": [0.1, 0.9]})
     record = {
-        "config": CONFIG | {"num_replicates": 2, "optimizee": "Digits"},
-        "rows": {"input noise 0.1": whole, "gaussian 0.01": whole | {"statistics": {}}},
+        "config": CONFIG
+        | {
+            "num_replicates": 2,
+            "optimizee": "Digits",
+            "depths": [1, 2],
+            "trajectories": [20, 10],
+        },
+        "rows": {
+            "gaussian 0": whole | {"statistics": bounded},
+            "input noise 0.1": whole,
+            "gaussian 0.01": whole | {"statistics": {}},
+        },
     }
     lines = sections_optimizers.stability(record)
-    noise, gaussian = lines[-2:]
+    assert "40 truncations, without selection" in "\n".join(lines)
+    assert "no two rows are told apart" in lines[-1]
+    cells = record["rows"]
+    cells["gaussian 0.01"] = {
+        "finite": 2, "replicates": 2,
+        "statistics": {"best_valid": found | {"meta_interval": [1.0, 2.0]}},
+    }  # fmt: skip
+    said = sections_optimizers.stability(record)[-1]
+    assert said.endswith(": gaussian 0 below gaussian 0.01.")
+    plain, noise, gaussian = lines[-5:-2]
+    assert "-3.00 [-3.20, -2.80] | 0.250 [0.100, 0.900] | 0.050" in plain
     assert "-3.00 [-3.20, -2.80] | 0.250 | 0.050" in noise
     assert noise.endswith("| 1.637 |")
     assert gaussian.count("–") == 8
@@ -122,4 +161,4 @@ def test_the_benchmark_says_which_goals_were_reached():
 
 def test_the_report_has_the_sections():
     titles = [title for title, _ in report.SECTIONS.values()]
-    assert sum(title.startswith("Optimizer amalgamation") for title in titles) == 5
+    assert sum(title.startswith("Optimizer amalgamation") for title in titles) == 6
