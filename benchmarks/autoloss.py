@@ -127,10 +127,12 @@ def three_heads(width: int) -> AlternatingProblem:
             **{f"head_{i}": normal(keys[2 + i], width, 10) for i in range(3)},
         }
 
+    def trunk(params: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
+        hidden = jax.nn.relu(batch @ params["trunk"]["a"])
+        return jax.nn.relu(hidden @ params["trunk"]["b"])
+
     def head(i: int) -> Callable[..., jax.Array]:
-        def loss(params: Any, batch: jax.Array, key: jax.Array) -> jax.Array:
-            hidden = jax.nn.relu(batch @ params["trunk"]["a"])
-            hidden = jax.nn.relu(hidden @ params["trunk"]["b"])
+        def loss(params: Any, batch: Any, key: Any, hidden: jax.Array) -> jax.Array:
             return jnp.mean(jnp.square(hidden @ params[f"head_{i}"] - 1))
 
         return loss
@@ -144,6 +146,7 @@ def three_heads(width: int) -> AlternatingProblem:
         metric=lambda params, data: jnp.sum(params["head_0"]),
         reward=lambda history, live: -history[-1],
         validate_every=1000,
+        shared=trunk,
     )
 
 
