@@ -257,7 +257,9 @@ def test_what_losses_share_changes_no_step(way):
         params = problem.init(jax.random.key(1))
         states = init_optimizers(problem, params)
         before = Stepped(params, states, jnp.int32(0), None, jnp.bool_(True))
-        return way(problem, before, decide(action), jax.random.key(2), None)
+        key = jax.random.key(2)
+        measured = measure_all(problem, params, key, None)
+        return way(problem, before, decide(action), key, None), measured
 
     both = jax.jit(lambda action: (step(True, action), step(False, action)))
     for action in range(2):
