@@ -4,18 +4,22 @@
     python -m benchmarks.autoloss --quick      tiny sizes: does it run?
     python -m benchmarks.autoloss --out DIR    writes DIR/summary.json too
 
+    python -m benchmarks.autoloss --parts dispatch overhead
+
 *Throughput.* Whole runs of a fixed number of steps, led by an untrained controller
 (16 hidden units), S of them at once; live steps over wall seconds, best of the rounds,
-compilation apart; and the seconds of the processor, which other programs disturb less.
-Regression with the released features: every loss, both gradients and the validation
-loss are fresh after each step. Classification with the paper's features, validation at
-every tenth step, and with the released ones, at every step. The limit is
+compilation apart. Regression with the released features: every loss, both gradients and
+the validation loss are fresh after each step. Classification with the paper's features,
+validation at every tenth step, and with the released ones, at every step. The limit is
 what the products alone would take at the rate of a large matrix product, timed in the
 same run: 3 passes of 200 rows and 152 columns a step for regression (0.18 MF); forward
 and backward on 200 rows and a tenth of a forward pass on 1000 (1.1 MF), or all of it
-(3.1 MF), for classification. No product of these shapes reaches that rate, and losses
-are more than products: so beside it stands a loop by hand, which takes the same steps,
-measures the metric as often, and has neither controller nor features nor records.
+(3.1 MF), for classification.
+
+*Overhead.* What of such a step is the task's: beside it a loop by hand that takes the
+same steps, measures the metric as often, and has neither controller nor features,
+frozen groups, caches or records. In turns, and in seconds of the processor, for other
+programs disturb these less.
 
 *Dispatch.* Three heads on a trunk of 64-256-256, batch 128: microseconds a step and
 run of "mix" under vmap, "switch" under vmap (the work of all branches), and "switch"
@@ -47,7 +51,15 @@ import jax.numpy as jnp
 import optax
 
 from metax import Action, AlternatingProblem, unroll
-from metax.autoloss import autoloss, bernoulli, bind, controller, features, leaky_relu
+from metax.autoloss import (
+    Features,
+    autoloss,
+    bernoulli,
+    bind,
+    controller,
+    features,
+    leaky_relu,
+)
 from metax.autoloss.rollouts import rollout, rollouts
 from metax.harness import create_run, write_summary
 from metax.tasks import classification, controller_data, regression
@@ -59,6 +71,7 @@ GOALS = {
     ("classification, check 10", 64): 100e3,
 }
 TRAINING_GOAL = 60.0  # seconds
+PARTS = ("throughput", "overhead", "dispatch", "training")
 
 
 def best_times(
@@ -122,11 +135,10 @@ def by_hand(problem: AlternatingProblem, every: int, steps: int) -> Callable:
     return jax.jit(jax.vmap(run, in_axes=(0, None)))
 
 
-def throughput(quick: bool, rounds: int) -> list[dict[str, Any]]:
-    rate = product_rate(rounds)
-    net = controller(2, (16,), 2.0, activation=leaky_relu)
+def cases(rate: float = 0.0) -> dict[str, tuple[Any, ...]]:
+    """Problem, data, features and the limit in steps a second of each task."""
     reg, cla = regression.problem(), classification.problem()
-    cases = {
+    wanted = {
         "regression": (
             reg, controller_data(regression.generate(1)),
             features.released("regression"), 3 * 2 * 200 * 152,
@@ -140,36 +152,67 @@ def throughput(quick: bool, rounds: int) -> list[dict[str, Any]]:
             features.released("classification"), 6 * 200 * 1088 + 2 * 1000 * 1088,
         ),
     }  # fmt: skip
+    return {
+        name: (problem, jax.device_put(data), seen, rate / operations)
+        for name, (problem, data, seen, operations) in wanted.items()
+    }
+
+
+def led(problem: AlternatingProblem, seen: Features, steps: int) -> Callable:
+    """Whole runs by an untrained controller."""
+    net = controller(2, (16,), 2.0, activation=leaky_relu)
+    phi = net.init(jax.random.key(1), seen.spec.size)
+
+    @jax.jit
+    def run(keys: Any, data: Any, phi: Any) -> Any:
+        policy = bind(net, phi, seen)
+        results, _ = rollouts(problem, policy, keys, data, steps, early_stopping=False)
+        return results.num_steps
+
+    return lambda keys, data: run(keys, data, phi)
+
+
+def throughput(quick: bool, rounds: int) -> list[dict[str, Any]]:
     rows = []
-    for name, (problem, data, seen, operations) in cases.items():
-        data = jax.device_put(data)
-        phi = net.init(jax.random.key(1), seen.spec.size)
+    for name, (problem, data, seen, limit) in cases(product_rate(rounds)).items():
         for runs in (1, 2) if quick else (1, 8, 64, 256):
             steps = 20 if quick else max(500, 16_000 // runs)
-
-            @jax.jit
-            def run(keys: Any, data: Any, phi: Any, p=problem, f=seen, n=steps) -> Any:
-                results, _ = rollouts(
-                    p, bind(net, phi, f), keys, data, n, early_stopping=False
-                )
-                return results.num_steps
-
-            keys = jax.random.split(jax.random.key(2), runs)
-            plain = by_hand(problem, seen.spec.observe_every or 10, steps)
-            took = best_times({
-                "led": lambda run=run, keys=keys: run(keys, data, phi),  # noqa: B023
-                "by hand": lambda run=plain, keys=keys: run(keys, data),  # noqa: B023
-            }, rounds)  # fmt: skip
-            (seconds, processor), (plain_seconds, plain_processor) = took.values()
-            number = runs * steps
+            run, keys = (
+                led(problem, seen, steps),
+                jax.random.split(jax.random.key(2), runs),
+            )
+            call = lambda run=run, keys=keys, data=data: run(keys, data)
+            seconds, _ = best_times({"": call}, rounds)[""]
             rows.append({
-                "task": name, "runs": runs, "steps_per_s": number / seconds,
-                "by_hand_per_s": number / plain_seconds,
-                "processor_us": 1e6 * processor / number,
-                "by_hand_processor_us": 1e6 * plain_processor / number,
-                "limit": rate / operations, "goal": GOALS.get((name, runs)),
+                "task": name, "runs": runs, "steps_per_s": runs * steps / seconds,
+                "limit": limit, "goal": GOALS.get((name, runs)),
                 "peer": PEER[name.split(",")[0]],
             })  # fmt: skip
+    return rows
+
+
+def overhead(quick: bool, rounds: int) -> list[dict[str, Any]]:
+    """Microseconds of the processor a step and run, where there is a goal."""
+    rows, found = [], cases()
+    for name, runs in GOALS:
+        problem, data, seen, _ = found[name]
+        runs = min(runs, 2) if quick else runs
+        steps = 20 if quick else max(300, 4000 // runs)
+        keys, every = (
+            jax.random.split(jax.random.key(2), runs),
+            seen.spec.observe_every or 10,
+        )
+        ways = {
+            "led": led(problem, seen, steps),
+            "by hand": by_hand(problem, every, steps),
+        }
+        calls = {
+            way: lambda run=run, keys=keys, data=data: run(keys, data)
+            for way, run in ways.items()
+        }
+        took = best_times(calls, 2 * rounds)
+        row = {way: 1e6 * own / runs / steps for way, (_, own) in took.items()}
+        rows.append({"task": name, "runs": runs, **row})
     return rows
 
 
@@ -286,49 +329,54 @@ def training(quick: bool) -> list[dict[str, Any]]:
 
 
 def show(summary: dict[str, Any]) -> None:
-    print(f"{'throughput':26} {'S':>4} {'steps/s':>9} {'by hand':>9} {'limit':>9}  µs")
-    for row in summary["throughput"]:
+    for row in summary.get("throughput", ()):
+        rate, limit = row["steps_per_s"], row["limit"]
         goal = "" if row["goal"] is None else f"  goal {row['goal']:,.0f}"
-        led, plain = row["processor_us"], row["by_hand_processor_us"]
+        times = rate / row["peer"]
         print(
-            f"{row['task']:26} {row['runs']:4} {row['steps_per_s']:9,.0f} "
-            f"{row['by_hand_per_s']:9,.0f} {row['limit']:9,.0f}  processor "
-            f"{led:.1f}, by hand {plain:.1f}{goal}"
+            f"{row['task']:26} {row['runs']:4} {rate:9,.0f} steps/s, limit "
+            f"{limit:9,.0f} {rate / limit:6.0%}  {times:.0f} times the peer{goal}"
         )
-    names = ("mix", "apart", "vmapped switch", "switch")
-    print("\ndispatch, µs, wall and processor:", ", ".join(names))
-    for row in summary["dispatch"]:
-        wall, own = row["vmapped switch"] / row["mix"], row["processor"]
-        ratio = own["vmapped switch"] / own["mix"]
+    for row in summary.get("overhead", ()):
+        own, plain = row["led"], row["by hand"]
         print(
-            f"S = {row['runs']}", *(f"{row[n]:8.0f}" for n in names), "|",
-            *(f"{own[n]:8.0f}" for n in names),
-            f" vmapped switch over mix {wall:.2f}, {ratio:.2f} (goal 1.5)",
-        )  # fmt: skip
-    print(f"\n{'training':18} {'steps':>10} {'compile s':>10} {'s':>7}")
-    for row in summary["training"]:
+            f"{row['task']:26} {row['runs']:4} {own:6.1f} µs of the processor, by hand "
+            f"{plain:6.1f} ({plain / own:.0%})"
+        )
+    for row in summary.get("dispatch", ()):
+        for time_of, times in (("wall", row), ("processor", row["processor"])):
+            ratio = times["vmapped switch"] / times["mix"]
+            print(
+                f"dispatch, S = {row['runs']}, µs, {time_of}: "
+                + ", ".join(f"{name} {times[name]:.0f}" for name in row["processor"])
+                + f"; vmapped switch over mix {ratio:.2f} (goal 1.5)"
+            )
+    for row in summary.get("training", ()):
+        best = f"{row['first']:.3f} -> {row['last']:.3f}"
         print(
-            f"{row['updates']:4} updates of {row['runs']:<2} {row['steps']:10,} "
-            f"{row['compile_s']:10.1f} {row['seconds']:7.1f}  goal {TRAINING_GOAL:g}; "
-            f"best validation {row['first']:.3f} -> {row['last']:.3f}"
+            f"{row['updates']:4} updates of {row['runs']:<2} {row['steps']:10,} steps, "
+            f"compile {row['compile_s']:.1f} s, {row['seconds']:.1f} s (goal "
+            f"{TRAINING_GOAL:g}); best validation {best}"
         )
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
     flags = parser.parse_args(argv)
     begin = time.perf_counter()
     rounds = 1 if flags.quick else flags.rounds
     config = {"rounds": rounds, "quick": flags.quick}
-    summary = {
-        "config": config,
-        "throughput": throughput(flags.quick, rounds),
-        "dispatch": dispatch(flags.quick, rounds),
-        "training": training(flags.quick),
+    parts = {
+        "throughput": lambda: throughput(flags.quick, rounds),
+        "overhead": lambda: overhead(flags.quick, rounds),
+        "dispatch": lambda: dispatch(flags.quick, rounds),
+        "training": lambda: training(flags.quick),
     }
+    summary = {"config": config, **{name: parts[name]() for name in flags.parts}}
     show(summary)
     if flags.out is not None:
         run = create_run(flags.out, config)
