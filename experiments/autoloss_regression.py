@@ -237,6 +237,7 @@ def _row(runs: Any, index: Any, setting: dict[str, float], more: Any = None) -> 
 
 def summarise(seeds: list[int], found: list[Rows]) -> dict[str, Any]:
     """Each method over data sets: its scores, choices and cost, and the pairs."""
+    found = [cell | _chosen_controllers(cell) for cell in found]
     rows = {}
     for name, first in found[0].items():
         each = [cell[name] for cell in found]
@@ -252,13 +253,36 @@ def summarise(seeds: list[int], found: list[Rows]) -> dict[str, Any]:
         if np.ndim(first["test"]) == 2:
             rows[name]["controllers"] = [np.mean(row["test"], 1) for row in each]
             rows[name]["updates"] = [row.get("updates", []) for row in each]
+            # what a choice among them needs, so that it can be made again
+            rows[name]["controllers_valid"] = [
+                np.asarray(row["valid"], float).mean(1).tolist() for row in each
+            ]
     compared = {
         f"{a} − {b}": schedule_runs.paired(rows[a]["test"], rows[b]["test"])
         for a in rows
-        for b in ("joint", "random", "context-free", "joint at λ")
+        for b in (
+            "joint", "random", "context-free", "context-free, chosen", "joint at λ"
+        )
         if b in rows and a != b
-    }
+    }  # fmt: skip
     return {"data_seeds": seeds, "rows": rows, "pairs": compared}
+
+
+def _chosen_controllers(cell: Rows) -> Rows:
+    """Of several controllers the one whose runs did best on the task's validation.
+
+    As λ of the joint loss and p of the random order are chosen: by a mean over runs,
+    with no look at the test split.
+    """
+    chosen = {}
+    for name, row in cell.items():
+        is_last = name.endswith(", last")
+        if np.ndim(row["test"]) == 2 and len(row["test"]) > 1 and not is_last:
+            valid = np.asarray(row["valid"], float)
+            best = int(np.where(np.isfinite(valid), valid, np.inf).mean(1).argmin())
+            one = {k: row[k][best] for k in ("test", "last_test", "valid", "share")}
+            chosen[f"{name}, chosen"] = row | one | {"controller": best}
+    return chosen
 
 
 def main(argv: list[str] | None = None) -> None:

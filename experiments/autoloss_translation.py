@@ -7,6 +7,7 @@ optimization", ICLR 2019, figure 3. All begin with the same parameters and take 
 many steps.
 
     python -m experiments.autoloss_translation             words made up, 3 minutes
+    python -m experiments.autoloss_translation --segment-reward released
     python -m experiments.autoloss_translation --preset small --data-dir DIR
     python -m experiments.autoloss_translation --preset paper --data-dir DIR
 
@@ -17,7 +18,10 @@ not those of the paper, and no order of schedules is to be expected from it.
 
 On the made-up words the tags teach nothing about the translation: expect a perplexity
 of 1.1 of translation alone, 2.1 of the fixed ratio, and the more steps on translation
-the better. Controllers have seen six short runs, and theirs scatter from 1.2 to 3.0.
+the better. Controllers have seen six short runs, and theirs scatter from 1.2 to 3.0:
+segments are paid by their improvement over that of the one before, and controllers
+learn to put translation off. Paid by their own improvement (`released`) theirs come to
+1.3 to 1.4.
 """
 
 import dataclasses

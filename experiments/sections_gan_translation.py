@@ -19,6 +19,11 @@ PUBLISHED_SCORES = {"1:1": 8.631, "1:5": 9.003, "1:7": 9.023, "1:9": 9.015,
                     "AutoLoss": 9.055}  # fmt: skip
 PUBLISHED_PERPLEXITIES = {"MT only": 3.77, "FixedRatio": 3.68, "FineTuned": 3.64,
                           "AutoLoss": 3.54}  # fmt: skip
+PAID = (
+    "* A segment is paid by its improvement over that of the segment before: gains of "
+    ".1 and .5 earn 5 where two of .3 earn 1. So to put MT off can pay, which a "
+    "controller that sees how far the run is can learn, and a context-free one cannot."
+)
 CLOSE_SCORE, CLOSE_PERPLEXITY = 0.05, 1.02
 
 
@@ -111,6 +116,7 @@ def translated(record: dict) -> list[str]:
         "",
         *_perplexity_claims(rows, record["pairs"]),
         *_learning(record["controllers"]),
+        *_way_of_learning(record["controllers"], config["segment_reward"]),
     ]
     return lines
 
@@ -165,6 +171,21 @@ def _transfer_wins(scenes: Mapping[str, Any]) -> list[str]:
         "(authors: 16 of 20; chance is half).",
         "",
     ]
+
+
+def _way_of_learning(controllers: Mapping[str, Any], reward: str) -> list[str]:
+    """Whether controllers have learned to step on translation, and what paid them."""
+    lines = []
+    for kind, row in controllers.items():
+        shares = [np.array_split(np.asarray(own)[:, 0], 3) for own in row["shares"]]
+        each = ", ".join(f"{a.mean():.2f} to {c.mean():.2f}" for a, _, c in shares)
+        lines.append(
+            f"* MT share while {kind} learned, first to last third of the segments of "
+            f"each controller: {each}."
+        )
+    if reward != "released":
+        lines.append(PAID)
+    return lines
 
 
 def _learning(controllers: Mapping[str, Any]) -> list[str]:
@@ -235,4 +256,8 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 SECTIONS = {
     "autoloss_gan": ("AutoLoss: schedules of GANs", adversarial),
     "autoloss_translation": ("AutoLoss: translation with taggings", translated),
+    "autoloss_translation_released": (
+        "AutoLoss: translation, a segment paid by its own improvement",
+        translated,
+    ),
 }

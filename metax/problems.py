@@ -208,10 +208,15 @@ class AlternatingProblem(NamedTuple):
       names: one for each loss, or ().
       full_batch: `sample` ignores its key: the batch never changes.
       has_aux: losses return a dict of scalars beside the loss, of one structure.
+      shared: None, or `shared(params, batch, key) -> anything`: what the losses have in
+        common, the trunk below several heads. Each loss is then called with it, as
+        `loss(params, batch, key, common)`, and what follows several losses at once
+        differentiates it once: written into each loss a trunk is one forward pass, for
+        compilers see that it is the same, but a backward pass for each loss.
     """
 
     init: Callable[[jax.Array], Groups]
-    losses: tuple[Callable[[Groups, Batch, jax.Array], Any], ...]
+    losses: tuple[Callable[..., Any], ...]
     actions: tuple[Action, ...]
     optimizers: Optimizer | Mapping[Any, Optimizer]
     sample: Callable[[Data, jax.Array], Batch]
@@ -228,6 +233,7 @@ class AlternatingProblem(NamedTuple):
     names: tuple[str, ...] = ()
     full_batch: bool = False
     has_aux: bool = False
+    shared: Callable[[Groups, Batch, jax.Array], Any] | None = None
 
 
 def squared_norm(params: Params, select: Select | None = None) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from metax.arguments import check_has, refuse
+from metax.autoloss.dispatching import shared_part
 from metax.autoloss.vectors import as_float
 from metax.base import Action, AlternatingProblem
 
@@ -109,7 +110,10 @@ def projected(problem: AlternatingProblem) -> AlternatingProblem:
 
     def forward(params: Groups, batch: Any, key: jax.Array) -> tuple[Any, Groups]:
         def one(m: int) -> tuple[Valued, Groups]:
-            of_params = lambda params: _value(problem, m, params, batch, key)
+            def of_params(params: Groups) -> Valued:
+                common = shared_part(problem, params, batch, key)
+                return _value(problem, m, params, batch, key, common)
+
             return jax.value_and_grad(of_params, has_aux=True)(params)
 
         parts = [one(m) for m in range(len(problem.losses))]
@@ -170,9 +174,14 @@ def _weights(lam: jax.Array, number: int) -> list[jax.Array]:
 
 
 def _value(
-    problem: AlternatingProblem, m: int, params: Groups, batch: Any, key: jax.Array
+    problem: AlternatingProblem,
+    m: int,
+    params: Groups,
+    batch: Any,
+    key: jax.Array,
+    common: tuple[Any, ...],
 ) -> Valued:
-    out = problem.losses[m](params, batch, key)
+    out = problem.losses[m](params, batch, key, *common)
     return out if problem.has_aux else (out, {})
 
 
@@ -180,8 +189,9 @@ def _values(
     problem: AlternatingProblem, params: Groups, batch: Any, key: jax.Array
 ) -> tuple[list[jax.Array], dict[str, jax.Array]]:
     """Every loss, and what the first returns beside itself."""
-    number = len(problem.losses)
-    parts = [_value(problem, m, params, batch, key) for m in range(number)]
+    common = shared_part(problem, params, batch, key)
+    each = range(len(problem.losses))
+    parts = [_value(problem, m, params, batch, key, common) for m in each]
     return [value for value, _ in parts], parts[0][1]
 
 
@@ -202,4 +212,5 @@ def _with_one_loss(
         actions=(Action(0),),
         names=(name,),
         optimizer_sharing="variable",
+        shared=None,
     )

@@ -2,7 +2,8 @@
 
 Three ways to the same step. `mix` differentiates Σ_m w_m ℓ_m once, with w the indicator
 of the chosen loss, and keeps or drops what each optimizer made of it: one backward pass
-whatever the action, also under `vmap`. `switch` runs the branch of the action alone,
+through what `AlternatingProblem.shared` names and one through each loss, whatever the
+action, also under `vmap`. `switch` runs the branch of the action alone,
 which is less work where the action is a scalar; under `vmap` it is the work of all
 branches. `follow` takes gradients of all losses that are known already. In all of them
 a group that the action does not touch keeps its parameters and its optimizer's state
@@ -30,6 +31,7 @@ __all__ = [
     "keep",
     "measure_all",
     "mix",
+    "shared_part",
     "switch",
     "take_step",
     "zero_gradients",
@@ -125,8 +127,9 @@ def mix(
         batch = problem.sample(data, key_sample)
 
         def mixed(params: Groups) -> tuple[jax.Array, Any]:
+            common = shared_part(problem, params, batch, key_loss)
             parts = [
-                _loss(problem, m, params, batch, key_loss)
+                _loss(problem, m, params, batch, key_loss, common)
                 for m in range(len(problem.losses))
             ]
             values, aux = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
@@ -283,11 +286,25 @@ def _repeat(
     return before
 
 
+def shared_part(
+    problem: AlternatingProblem, params: Groups, batch: Any, key: jax.Array
+) -> tuple[Any, ...]:
+    """What losses are given beside parameters, batch and key: nothing, or one thing."""
+    return () if problem.shared is None else (problem.shared(params, batch, key),)
+
+
 def _loss(
-    problem: AlternatingProblem, m: int, params: Groups, batch: Any, key: jax.Array
+    problem: AlternatingProblem,
+    m: int,
+    params: Groups,
+    batch: Any,
+    key: jax.Array,
+    common: tuple[Any, ...] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss m and what it returns beside itself, in the default precision."""
-    out = problem.losses[m](params, batch, key)
+    if common is None:
+        common = shared_part(problem, params, batch, key)
+    out = problem.losses[m](params, batch, key, *common)
     value, aux = out if problem.has_aux else (out, {})
     # the mixed loss sums over losses, each of which may have its own dtype
     return jax.tree.map(lambda x: jnp.asarray(x, _float()), (value, aux))

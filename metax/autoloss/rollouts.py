@@ -104,8 +104,8 @@ def rollout(
       key: of everything random.
       data: handed to `sample`, `metric` and `observe`.
       num_steps: T, decisions at most; at least 1.
-      dispatch: "mix" where runs are vmapped and losses share their work, "switch" for
-        single large runs.
+      dispatch: "mix" where runs are vmapped and losses share their work, as named by
+        `AlternatingProblem.shared`; "switch" for single large runs.
       step_reward: see `improvement`; None for none.
       restart: ends the run when it fires; None for never.
       validate_every: steps between checks; None for the problem's.

@@ -184,3 +184,28 @@ def test_projected_losses_take_integer_batches():
     gradient = jax.jit(jax.grad(problem.losses[0]))
     out = gradient(problem.init(KEY), jnp.int32(1), KEY)
     assert jnp.isfinite(out["x"]["b"])
+
+
+@pytest.mark.parametrize("combine", [joint(0.5), projected])
+def test_losses_that_share_a_part_combine_as_if_it_were_written_into_each(combine):
+    common = lambda p, b, key: p["x"] ** 3
+    apart = of_gradients([1.0, 2.0])._replace(
+        losses=(
+            lambda p, b, key: (common(p, b, key) - 1) ** 2,
+            lambda p, b, key: common(p, b, key) * p["x"],
+        )
+    )
+    together = apart._replace(
+        losses=(
+            lambda p, b, key, cube: (cube - 1) ** 2,
+            lambda p, b, key, cube: cube * p["x"],
+        ),
+        shared=common,
+    )
+    one, two = (
+        jax.value_and_grad(combine(problem).losses[0])({"x": jnp.array(1.3)}, 1.0, KEY)
+        for problem in (apart, together)
+    )
+    assert combine(together).shared is None
+    np.testing.assert_allclose(one[0], two[0], rtol=1e-12)
+    np.testing.assert_allclose(one[1]["x"], two[1]["x"], rtol=1e-12)

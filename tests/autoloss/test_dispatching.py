@@ -224,3 +224,59 @@ def test_shared_slots_keep_the_weight_of_a_loss_and_slots_by_action_undo_it():
     shared, apart = by("variable"), by("action")
     np.testing.assert_allclose(apart[0], apart[1], rtol=1e-9)
     assert abs(shared[0] - shared[1]) > 0.1
+
+
+def trunk_and_heads(shared):
+    """Two heads on one layer, which is named as shared or written into each loss."""
+    trunk = lambda params, batch, key: jnp.tanh(batch @ params["a"])
+
+    def head(name, target):
+        def loss(params, batch, key, *common):
+            (hidden,) = common or (trunk(params, batch, key),)
+            return jnp.mean((hidden @ params[name] - target) ** 2)
+
+        return loss
+
+    sizes = {"a": (3, 4), "b": (4, 2), "c": (4, 2)}
+    return two_groups(
+        init=lambda key: {
+            name: jax.random.normal(jax.random.fold_in(key, i), shape)
+            for i, (name, shape) in enumerate(sizes.items())
+        },
+        losses=(head("b", 1.0), head("c", -1.0)),
+        actions=(Action(0, ("a", "b")), Action(1, ("a", "c"))),
+        sample=lambda data, key: jax.random.normal(key, (5, 3)),
+        shared=trunk if shared else None,
+    )
+
+
+@pytest.mark.parametrize("way", [mix, switch])
+def test_what_losses_share_changes_no_step(way):
+    def step(shared, action):
+        problem = trunk_and_heads(shared)
+        params = problem.init(jax.random.key(1))
+        states = init_optimizers(problem, params)
+        before = Stepped(params, states, jnp.int32(0), None, jnp.bool_(True))
+        key = jax.random.key(2)
+        measured = measure_all(problem, params, key, None)
+        return way(problem, before, decide(action), key, None), measured
+
+    both = jax.jit(lambda action: (step(True, action), step(False, action)))
+    for action in range(2):
+        chex.assert_trees_all_close(*both(action), rtol=1e-12)
+
+
+def test_mix_goes_backwards_through_what_losses_share_once():
+    def products(shared, dispatched):
+        problem = trunk_and_heads(shared)
+        params = problem.init(jax.random.key(1))
+        states = init_optimizers(problem, params)
+        before = Stepped(params, states, jnp.int32(0), None, jnp.bool_(True))
+        step = lambda q: dispatched(problem, before, decide(q), jax.random.key(2), None)
+        return str(jax.make_jaxpr(step)(0)).count("dot_general")
+
+    # trunk and its gradient, and for each of two heads three products
+    assert products(True, mix) == 2 + 2 * 3
+    assert products(False, mix) == 2 * (2 + 3)
+    # a branch has its own trunk
+    assert products(True, switch) == products(False, switch) == 2 * (2 + 3)

@@ -151,13 +151,16 @@ def test_transfer_leaves_out_the_set_that_a_controller_learned_on(
 
 
 def test_the_page_says_where_a_goal_is_missed():
-    row = {"std": 0.02, "range": 0.1, "best_std": 0.01, "share": [0.4, 0.6]}
+    row = {"std": 0.02, "range": 0.1, "best_std": 0.01, "share": [0.4, 0.6],
+           "accuracy": [0.5, 0.9, 0.92]}  # fmt: skip
     close = row | {"std": 0.01}
     cell = {"paper": row, "paper, normalised": close, "released": row,
             "released, normalised": row | {"std": 0.005}}  # fmt: skip
     text = "\n".join(sections_classification._untrained({"untrained 0.02": cell}))
     assert "untrained 0.02, paper: 2.0 times smaller, **not reached**" in text
     assert "untrained 0.02, released: 4.0 times smaller, reached" in text
+    # of three runs one ended at chance, and the other two lie .014 apart
+    assert "| 1 | 0.0141 | 0.40 to 0.60 |" in text
     rows = {name: {"test": [0.14]} for name in
             ("without L1", "AutoLoss at 0.02", "random(.5) at 0.02")}  # fmt: skip
     text = "\n".join(sections_classification._goals(rows))

@@ -188,6 +188,23 @@ def test_regression_chooses_on_validation_and_writes_its_page(tmp_path, monkeypa
     assert "nan" not in text
 
 
+def test_of_several_controllers_the_best_on_validation_is_chosen_for_the_table():
+    row = {
+        "setting": {}, "steps": 1, "finite": [6, 6], "share": [[0.1], [0.2], [0.3]],
+        "last_test": [[1.0], [2.0], [3.0]], "test": [[0.1], [0.5], [0.2]],
+    }  # fmt: skip
+    cells = [
+        {"AutoLoss": {**row, "valid": valid}, "AutoLoss, last": {**row, "valid": valid}}
+        for valid in ([[0.3], [0.1], [0.2]], [[np.nan], [0.3], [0.2]])
+    ]
+    rows = autoloss_regression.summarise([1, 2], cells)["rows"]
+    assert set(rows) == {"AutoLoss", "AutoLoss, last", "AutoLoss, chosen"}
+    # least on the test split is the first, which nothing but luck would have chosen
+    assert rows["AutoLoss, chosen"]["test"] == [0.5, 0.2]
+    assert rows["AutoLoss, chosen"]["share"] == [0.2, 0.3]
+    assert rows["AutoLoss"]["controllers_valid"][0] == [0.3, 0.1, 0.2]
+
+
 def test_a_page_says_what_the_interval_of_the_context_free_pair_allows():
     pair = {"mean": -0.1, "low": -0.2, "high": -0.01, "n": 9, "wins": 9}
     about = sections_autoloss._about_state
