@@ -18,8 +18,9 @@ COLUMNS = {
     "authors": "authors, ms",
 }
 GOALS = {"ratio": 3.0, "to plain": 2.75, "beyond": 12.0}
-PEER = """**Against the authors' code on the same machine: 2.6 times on the MLP (goal 4, floor
-3: not reached), 2.4 on the CNN (goal 4, floor 2: the floor is reached).** A
+PEER = """\
+**Against the authors' code on the same machine: 2.6 times on the MLP (goal 4, floor 3:
+not reached), 2.4 on the CNN (goal 4, floor 2: the floor is reached).** A
 measurement made once, not by a command of this repository, since their code is not
 part of it: PyTorch 2.13 with MKL, their step unchanged (its MLP lacks the output
 layer and has three rates to our four), batch 128, two threads, two processes that
