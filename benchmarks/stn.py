@@ -180,14 +180,20 @@ def build_plain(
 
 
 def compile_step(state: Any, step: Step, batch: Split) -> Compiled:
-    def loop(state: Any, batch: Split, keys: jax.Array) -> Any:
-        return jax.lax.scan(lambda state, key: step(state, batch, key), state, keys)
+    def loop(state: Any, batches: Split, keys: jax.Array) -> Any:
+        return jax.lax.scan(lambda state, x: step(state, *x), state, (batches, keys))
 
-    keys = jax.random.split(jax.random.key(1), LOOP)
+    keys, batches = jax.random.split(jax.random.key(1), LOOP), _several(batch)
     single = jax.jit(step).lower(state, batch, keys[0]).compile()
-    several = jax.jit(loop, donate_argnums=0).lower(state, batch, keys).compile()
+    several = jax.jit(loop, donate_argnums=0).lower(state, batches, keys).compile()
     own = jax.tree.map(jnp.copy, state)
     return Compiled(several, [own], _gflop(single), _megabytes(single))
+
+
+def _several(batch: Split) -> Split:
+    """A batch for each step of the loop: what is alike in all would be done once."""
+    rolled = lambda x: jnp.stack([jnp.roll(x, i, 0) for i in range(LOOP)])
+    return jax.tree.map(rolled, batch)
 
 
 def _gflop(compiled: Any) -> float:
@@ -227,8 +233,9 @@ def measure(case: Case, num_rounds: int) -> list[dict[str, Any]]:
         for name, (state, step) in build_steps(problem).items()
     }
     keys = jax.random.split(jax.random.key(2), (num_rounds + 1, LOOP))
+    batches = _several(case.batch)
     rounds = [
-        {name: _timed(compiled, case.batch, few) for name, compiled in steps.items()}
+        {name: _timed(compiled, batches, few) for name, compiled in steps.items()}
         for few in keys
     ][1:]
     for times in rounds:
@@ -248,10 +255,10 @@ def measure(case: Case, num_rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _timed(compiled: Compiled, batch: Split, keys: jax.Array) -> np.ndarray:
+def _timed(compiled: Compiled, batches: Split, keys: jax.Array) -> np.ndarray:
     """Milliseconds of wall and of CPU time of a step."""
     begin = np.array([time.perf_counter(), time.process_time()])
-    out = jax.block_until_ready(compiled.loop(compiled.state[0], batch, keys))
+    out = jax.block_until_ready(compiled.loop(compiled.state[0], batches, keys))
     end = np.array([time.perf_counter(), time.process_time()])
     compiled.state[0] = out[0]
     return 1e3 * (end - begin) / LOOP
