@@ -27,7 +27,7 @@ layer and has three rates to our four), batch 128, two threads, two processes th
 took turns, four steps each, on a machine busy with other work; medians of the
 quotients of CPU times over 8 turns. A Delta-STN step took theirs 287 and ours 111
 CPU-ms on the MLP, 494 and 200 on the CNN; a plain step 47 and 38, 71 and 76; a
-noisy validation step 83 and 38, 138 and 82.
+noisy validation step, called by itself, 85 and 50, 134 and 99.
 
 Why not 3 on the MLP: a step of theirs is 16.73 GFLOP, of ours 7.27, a quotient of
 2.3 at equal rates. Products of these sizes run at 80 to 100 GFLOP/s of a core here,
