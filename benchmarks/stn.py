@@ -6,16 +6,17 @@
     python -m benchmarks.stn --out DIR          writes DIR/summary.json too
 
 Two models on random images: an MLP 784-1200-1200-1200-10 and a small CNN, batch 128,
-with every dropout rate tuned. One step is compiled, without donation; all steps of a
-model run in turn, again and again. Plain is SGD with momentum on the
-same model with the same dropouts. Columns:
+with every dropout rate tuned. A step is timed as training runs it, in a `lax.scan` of
+four over a state that is donated; all steps of a model run in turn, again and again.
+Plain is SGD with momentum on the same model with the same dropouts. Columns:
 
     ms       median wall time of a step, with the first and last decile
     cpu      median of the process's CPU time, all threads together
     ratio    median quotient of the CPU times to plain's in the same round
     GFLOP    by XLA's own count, and its ratio to plain's
     limit    the ratio of the products that must be done (below)
-    MB       temporaries by XLA's plan (neither state counts), and those beyond plain's
+    MB       temporaries of a step by itself, by XLA's plan, nothing donated (neither
+             state counts), and those beyond plain's
     authors  wall times of the authors' PyTorch code on another, quiet machine
 
 F are the operations of all layers forward, F₁ of the first, which needs no gradient in
@@ -31,9 +32,9 @@ its input. A response pass calls every layer once more, for W_r x:
 Prediction, made before measuring: 2.64 for Delta-STN on the MLP by products (7.13 by
 2.70 GFLOP). All else a step does is done twice, so it pulls towards 2: random masks,
 and the optimizers, which read gradient, momentum and weights and write two of them (77
-MB for w0, as many for Φ). So 2.5 to 2.6, were every pass over memory as cheap. Measured
-(RESULTS.md): 2.66, and 2.99 on the CNN: the prediction was too low. XLA counts the
-operations of a loop's body once, hence the small numbers of `delta group`.
+MB for w0, as many for Φ). So 2.5 to 2.6, were every pass over memory as cheap. That was
+too low: RESULTS.md. XLA counts the operations of a loop's body once, hence the small
+numbers of `delta group`.
 """
 
 import argparse
@@ -89,6 +90,7 @@ LIMITS: dict[str, Callable[[float, float], float]] = {
     "valid plain": lambda f, first: 3 * f - first,
 }
 CYCLE = "delta cycle 5:1"
+LOOP = 4  # steps that are timed together
 
 
 class Case(NamedTuple):
@@ -101,9 +103,9 @@ class Case(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A compiled step with its state, and what XLA says of it."""
+    """A compiled loop of steps, its state, and what XLA says of one step."""
 
-    step: Any
+    loop: Any
     state: list
     gflop: float
     megabytes: float
@@ -178,8 +180,20 @@ def build_plain(
 
 
 def compile_step(state: Any, step: Step, batch: Split) -> Compiled:
-    compiled = jax.jit(step).lower(state, batch, jax.random.key(1)).compile()
-    return Compiled(compiled, [state], _gflop(compiled), _megabytes(compiled))
+    def loop(state: Any, batches: Split, keys: jax.Array) -> Any:
+        return jax.lax.scan(lambda state, x: step(state, *x), state, (batches, keys))
+
+    keys, batches = jax.random.split(jax.random.key(1), LOOP), _several(batch)
+    single = jax.jit(step).lower(state, batch, keys[0]).compile()
+    several = jax.jit(loop, donate_argnums=0).lower(state, batches, keys).compile()
+    own = jax.tree.map(jnp.copy, state)
+    return Compiled(several, [own], _gflop(single), _megabytes(single))
+
+
+def _several(batch: Split) -> Split:
+    """A batch for each step of the loop: what is alike in all would be done once."""
+    rolled = lambda x: jnp.stack([jnp.roll(x, i, 0) for i in range(LOOP)])
+    return jax.tree.map(rolled, batch)
 
 
 def _gflop(compiled: Any) -> float:
@@ -218,10 +232,11 @@ def measure(case: Case, num_rounds: int) -> list[dict[str, Any]]:
         name: compile_step(state, step, case.batch)
         for name, (state, step) in build_steps(problem).items()
     }
-    keys = jax.random.split(jax.random.key(2), num_rounds + 1)
+    keys = jax.random.split(jax.random.key(2), (num_rounds + 1, LOOP))
+    batches = _several(case.batch)
     rounds = [
-        {name: _timed(compiled, case.batch, key) for name, compiled in steps.items()}
-        for key in keys
+        {name: _timed(compiled, batches, few) for name, compiled in steps.items()}
+        for few in keys
     ][1:]
     for times in rounds:
         train, valid = times["delta example"], times["valid noisy"]
@@ -240,13 +255,13 @@ def measure(case: Case, num_rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _timed(compiled: Compiled, batch: Split, key: jax.Array) -> np.ndarray:
-    """Milliseconds of wall and of CPU time."""
+def _timed(compiled: Compiled, batches: Split, keys: jax.Array) -> np.ndarray:
+    """Milliseconds of wall and of CPU time of a step."""
     begin = np.array([time.perf_counter(), time.process_time()])
-    out = jax.block_until_ready(compiled.step(compiled.state[0], batch, key))
+    out = jax.block_until_ready(compiled.loop(compiled.state[0], batches, keys))
     end = np.array([time.perf_counter(), time.process_time()])
     compiled.state[0] = out[0]
-    return 1e3 * (end - begin)
+    return 1e3 * (end - begin) / LOOP
 
 
 def _columns(

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from metax.tasks.convolution import convolve
 from metax.tasks.patches import Conv, max_pool
 
 __all__ = ["CNN", "MLP", "VGG16", "BatchNorm", "Conv", "Linear", "max_pool"]
@@ -79,8 +80,7 @@ class CNN(nn.Module):
         """Logits [batch, num_classes] of images [batch, height, width, channels]."""
         for channels in self.channels:
             init = _uniform(5 * 5 * x.shape[-1])
-            conv = nn.Conv(channels, (5, 5), kernel_init=init, bias_init=init)
-            x = max_pool(nn.relu(conv(x)), 2)
+            x = max_pool(nn.relu(_conv(channels, 5, init, bias_init=init)(x)), 2)
         x = nn.relu(_dense(_flatten(x), self.width))
         return _dense(x, self.num_classes)
 
@@ -183,8 +183,14 @@ class VGG16(nn.Module):
 
 def _conv_norm_relu(x: jax.Array, channels: int, train: bool) -> jax.Array:
     init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-    x = nn.Conv(channels, (3, 3), kernel_init=init)(x)
+    x = _conv(channels, 3, init)(x)
     return nn.relu(BatchNorm()(x, train=train))
+
+
+def _conv(channels: int, size: int, init: Any, **options: Any) -> nn.Conv:
+    """One whose gradients are as fast in a loop as elsewhere."""
+    options = {"kernel_init": init, "conv_general_dilated": convolve, **options}
+    return nn.Conv(channels, (size, size), **options)
 
 
 def _flatten(x: jax.Array) -> jax.Array:

@@ -138,8 +138,13 @@ def convolve_gray(
     """
     if _impl_of_backend() == "lax" or isinstance(padding, str):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    return _gemm(x, kernel, _pair(strides), "VALID")
+    height, width, _, features = kernel.shape
+    x = jnp.pad(x[..., 0], ((0, 0), *padding))
+    # Taps first: single pixels side by side would be copied one by one.
+    windows = jnp.stack(_windows(x, (height, width), _pair(strides)))
+    taps = height * width
+    y = jnp.tensordot(windows.reshape(taps, -1), kernel.reshape(taps, features), (0, 0))
+    return y.reshape(*windows.shape[1:], features)
 
 
 def check_impl(impl: str, argument: str) -> None:
@@ -177,12 +182,20 @@ def _gemm(
     if padding == "SAME":
         pads = jax.lax.padtype_to_pads(x.shape[1:3], (height, width), strides, "SAME")
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-    windows = [
-        _strided(_strided(x, i, height, strides[0], axis=1), j, width, strides[1], 2)
+    windows = jnp.concatenate(_windows(x, (height, width), strides), axis=-1)
+    return windows @ kernel.reshape(-1, features)
+
+
+def _windows(
+    x: jax.Array, size: tuple[int, int], strides: tuple[int, int]
+) -> list[jax.Array]:
+    """What each tap of a kernel of this size meets, row by row of the kernel."""
+    (height, width), (down, right) = size, strides
+    return [
+        _strided(_strided(x, i, height, down, axis=1), j, width, right, axis=2)
         for i in range(height)
         for j in range(width)
     ]
-    return jnp.concatenate(windows, axis=-1) @ kernel.reshape(-1, features)
 
 
 def _strided(x: jax.Array, start: int, size: int, stride: int, axis: int) -> jax.Array:

@@ -21,9 +21,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from metax.tasks.convolution import convolve
 from metax.tasks.dropout import dropout
 from metax.tasks.models import BatchNorm, _flatten, _uniform
-from metax.tasks.patches import convolve_gray, max_pool
+from metax.tasks.patches import max_pool
 
 __all__ = ["AlexNet", "ResNet18", "SimpleCNN", "TunableMLP", "TunableVGG16"]
 
@@ -170,7 +171,13 @@ class TunableVGG16(nn.Module):
                 i += 1
                 width = _scaled(self.scale, channels)
                 init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-                conv = nn.Conv(width, (3, 3), kernel_init=init, name=f"conv_{i}")
+                conv = nn.Conv(
+                    width,
+                    (3, 3),
+                    kernel_init=init,
+                    name=f"conv_{i}",
+                    conv_general_dilated=convolve,
+                )
                 x = drop(f"dropout_{i}", nn.relu(conv(x)), "channel")
             x = max_pool(x, 2)
         x = _flatten(x)
@@ -326,8 +333,7 @@ def _conv(
         kernel_init=init,
         bias_init=init,
         name=name,
-        # XLA's own convolution of one channel is slow on CPUs
-        conv_general_dilated=convolve_gray if x.shape[-1] == 1 else None,
+        conv_general_dilated=convolve,
     )(x)
 
 

@@ -1,0 +1,97 @@
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from metax.tasks.convolution import convolve
+
+NAMES = ("NHWC", "HWIO", "NHWC")
+WINDOWS = [
+    ((5, 5), (1, 1), ((2, 2), (2, 2))),
+    ((3, 2), (2, 1), ((0, 1), (2, 0))),
+    ((1, 1), (2, 2), ((0, 0), (0, 0))),
+]
+
+
+def operands(size):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape))
+    return [(draw(2, 9, 8, 3), draw(*size, 3, 4)) for _ in range(2)]
+
+
+def derivatives(conv, size):
+    """First and second ones, by every order of forward and reverse, and batched."""
+    (x, kernel), (dx, dk) = operands(size)
+    loss = lambda x, k: jnp.sum(jnp.sin(conv(x, k)))
+    gradient = jax.grad(loss, (0, 1))
+    along = lambda x, k: jnp.sin(jax.jvp(loss, (x, k), (dx, dk))[1])
+    curved = lambda x, k: sum(jnp.sin(g).sum() for g in gradient(x, k))
+    pairs = jnp.stack([x, dx]), jnp.stack([kernel, dk])
+    return (
+        conv(x, kernel),
+        gradient(x, kernel),
+        jax.jvp(gradient, (x, kernel), (dx, dk)),
+        jax.grad(along, (0, 1))(x, kernel),
+        jax.grad(curved, (0, 1))(x, kernel),
+        jax.vmap(gradient)(*pairs),
+        jax.vmap(gradient, (0, None))(pairs[0], kernel),
+        jax.grad(lambda k: jax.vmap(loss, (0, None))(pairs[0], k).sum())(kernel),
+    )
+
+
+@pytest.mark.parametrize(("size", "strides", "padding"), WINDOWS)
+def test_all_derivatives_are_those_of_jax(size, strides, padding):
+    ours = lambda x, k: convolve(x, k, strides, padding)
+    jaxs = lambda x, k: jax.lax.conv_general_dilated(
+        x, k, strides, padding, dimension_numbers=NAMES
+    )
+
+    @jax.jit
+    def differences():
+        found = derivatives(ours, size), derivatives(jaxs, size)
+        return jax.tree.map(lambda a, b: jnp.abs(a - b).max(), *found)
+
+    for difference in jax.tree.leaves(differences()):
+        assert difference < 1e-12
+
+
+def test_every_convolution_in_a_loop_is_of_the_form_that_is_fast_there():
+    (x, kernel), _ = operands((3, 3))
+
+    def train(conv):
+        def step(at, _):
+            loss = lambda at: jnp.sum(jnp.sin(conv(conv(*at), at[1][..., :3, :3])))
+            change = jax.grad(lambda at: jax.jvp(loss, (at,), (at,))[1])(at)
+            return jax.tree.map(jnp.subtract, at, change), None
+
+        return lambda at: jax.lax.scan(step, at, length=2)[0]
+
+    def forms(conv):
+        text = jax.jit(train(conv)).lower((x, kernel[..., :3])).as_text()
+        return set(re.findall(r"dim_numbers = (.*?), window", text))
+
+    pads = ((1, 1), (1, 1))
+    ours = forms(lambda x, k: convolve(x, k, (1, 1), pads))
+    jaxs = forms(
+        lambda x, k: jax.lax.conv_general_dilated(
+            x, k, (1, 1), pads, dimension_numbers=NAMES
+        )
+    )
+    assert ours == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
+    assert len(jaxs) > 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", 1])
+def test_in_a_flax_layer_it_is_flax_own(padding, channels):
+    x = operands((3, 3))[0][0][..., :channels]
+    how = {"padding": padding, "strides": 2, "param_dtype": jnp.float64}
+    plain = nn.Conv(4, (3, 3), **how)
+    ours = nn.Conv(4, (3, 3), conv_general_dilated=convolve, **how)
+    params = plain.init(jax.random.key(0), x)
+    np.testing.assert_allclose(
+        ours.apply(params, x), plain.apply(params, x), atol=1e-12
+    )
