@@ -16,9 +16,10 @@ OTHERS = {
     "choice": "amalgamation_digits_choice",
 }
 # All students at the budget of `--preset short`, where they were run.
+OURS = "RNNProp, "
 STUDENTS = {
-    "RNNProp, min-max": "amalgamation_short_minmax",
-    "RNNProp, meta only": "amalgamation_short_none",
+    f"{OURS}min-max": "amalgamation_short_minmax",
+    f"{OURS}meta only": "amalgamation_short_none",
     "RNNProp of Lv et al.": "amalgamation_short_rnnprop_lv",
     "the same, and imitation": "amalgamation_short_stronger",
     "L2L": "amalgamation_short_l2l",
@@ -82,6 +83,11 @@ def students(record: dict, folder: Path = RESULTS) -> list[str]:
         for name, rows in measured.items()
     ]
     missing = [name for name in STUDENTS if name not in runs]
+    ours = {
+        name.removeprefix(OURS): rows
+        for name, rows in measured.items()
+        if name.startswith(OURS)
+    }
     single = [name for name, rows in measured.items() if len(rows) < 2]
     return [
         "A third of the budget of the section above, the same for all students: stages",
@@ -98,6 +104,10 @@ def students(record: dict, folder: Path = RESULTS) -> list[str]:
         "Means over trainings, with the interval between them:",
         "",
         *table(heads, means),
+        "",
+        *_differences(ours),
+        "",
+        *_goals(ours),
         "",
         f"Trained once, so not compared: {'; '.join(single) or 'none'}.",
         f"Not run: {'; '.join(missing) or 'none'}.",

@@ -66,6 +66,13 @@ def test_students_say_how_often_each_was_trained_and_which_were_not(tmp_path):
     assert "| L2L | 1 | -3.00 | -3.00 | -3.00 |" in text
     assert "L2L: `python -m this --student l2l`." in text
     assert "Trained once, so not compared: L2L." in text
+    assert (
+        "min-max, ln train of each replicate: at most -4.00, goal -2: reached" in text
+    )
+    assert "less meta only" not in text
+    (tmp_path / "amalgamation_short_none.json").write_text(twice.read_text())
+    text = "\n".join(sections_amalgamation.students(record, tmp_path))
+    assert "* min-max less meta only, ln train: +0.00 [" in text
     left = text.splitlines()[-1]
     assert "Scale" in left
     assert "min-max" not in left
