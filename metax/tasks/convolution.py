@@ -69,11 +69,11 @@ def convolve(
     """
     if jax.default_backend() != "cpu":
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    if x.shape[-1] == 1:
-        return convolve_gray(x, kernel, strides, padding, **options)
     image, taps = x.shape[1:3], kernel.shape[:2]
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(image, taps, strides, padding)
+    if x.shape[-1] == 1:
+        return convolve_gray(x, kernel, strides, padding, **options)
     pads = tuple((low, high) for low, high in padding)
     window = _Window(image, taps, tuple(strides), pads)
     return _FORWARD.bind(x, kernel, window=window)

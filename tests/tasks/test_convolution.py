@@ -95,3 +95,10 @@ def test_in_a_flax_layer_it_is_flax_own(padding, channels):
     np.testing.assert_allclose(
         ours.apply(params, x), plain.apply(params, x), atol=1e-12
     )
+
+
+def test_gray_images_are_unfolded_whatever_the_padding_is_called():
+    x = operands((3, 3))[0][0][..., :1]
+    layer = nn.Conv(4, (3, 3), padding="SAME", conv_general_dilated=convolve)
+    text = jax.jit(layer.init).lower(jax.random.key(0), x).as_text()
+    assert "stablehlo.convolution" not in text
