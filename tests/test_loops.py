@@ -25,14 +25,27 @@ def name(request):
     return request.param
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else [])
+# One of a method is enough for each push where a test starts a process.
+LEFT_OUT = {"epochs", "replicate", "grid", "imitation", "autoloss_online"}
+
+
+def but_for(few):
+    """All loops, those few where there is time."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if name in few else [])
         for name in LOOPS
     ]
-)
+
+
+@pytest.fixture(params=but_for(LARGE))
 def small(request):
     """For tests that large loops take only where there is time."""
+    return request.param
+
+
+@pytest.fixture(params=but_for(LEFT_OUT))
+def single(request):
+    """For tests that start a process."""
     return request.param
 
 
@@ -104,7 +117,8 @@ def test_one_trace_whatever_the_number_of_chunks(name):
     assert len(traces) == 1
 
 
-def test_resumed_in_a_new_process_equals_uninterrupted_bit_for_bit(name, tmp_path):
+def test_resumed_in_a_new_process_equals_uninterrupted_bit_for_bit(single, tmp_path):
+    name = single
     whole, _ = run_until(name, tmp_path / "whole", NUM_STEPS)
     run_until(name, tmp_path / "parts", NUM_STEPS // 2)
     command = [sys.executable, "-W", "error", "-m", "tests.test_loops", name]

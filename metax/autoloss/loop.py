@@ -145,7 +145,8 @@ def autoloss(
     check_rules("autoloss", step_reward=step_reward, restart=restart)
     check_count("autoloss", 1, num_rollouts=num_rollouts)
     check_number("autoloss", "entropy_coefficient", entropy_coefficient, least=0)
-    check_number("autoloss", "reward_scale", reward_scale)
+    if not callable(reward_scale):
+        check_number("autoloss", "reward_scale", reward_scale)
     if advantage_clip is not None:
         # a pair are the two ends, of which one may be negative
         ends = {} if isinstance(advantage_clip, tuple) else {"above": 0}

@@ -308,7 +308,8 @@ def _check(learner: Learner, ppo: PPO) -> None:
     check_number("PPO", "discount", ppo.discount, least=0)
     check_number("PPO", "clip", ppo.clip, above=0)
     check_number("PPO", "value_coefficient", ppo.value_coefficient, least=0)
-    check_number("PPO", "epsilon", ppo.epsilon, least=0)
+    if not callable(ppo.epsilon):
+        check_number("PPO", "epsilon", ppo.epsilon, least=0)
     if learner.num_steps % ppo.segment_length:
         raise ValueError(
             "`autoloss(num_steps=...)` must be a multiple of `ppo.segment_length`; got "

@@ -171,6 +171,7 @@ def test_teachers_depend_on_neither_student_nor_scale(truncations):
     np.testing.assert_allclose(slow[2], scaled[2], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_coordinates_of_the_distance_agree_without_a_scale():
     run = lambda **options: begun(build(DRAWN, toys.descent(), SGD, **options), 1.0)
     loss = lambda **options: run(**options)[1].imitation_loss

@@ -42,7 +42,7 @@ def learn(problem, num_updates, seed=0, data=1.0, net=None, **options):
 
 
 @pytest.mark.parametrize("advantage", ["ema", "leave_one_out", "normalized"])
-@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("sign", [1, pytest.param(-1, marks=pytest.mark.slow)])
 def test_the_good_arm_is_learned_in_ten_of_ten_seeds(advantage, sign):
     """And where the metric is -x, action 1 is the good one."""
     problem = bandit(metric=lambda p, data: sign * p["x"])

@@ -129,7 +129,15 @@ def test_the_metric_is_measured_when_it_is_due(observe_every, validate_every):
     np.testing.assert_allclose(result.metrics, wanted, rtol=1e-12)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 8, 500])
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        3,
+        pytest.param(8, marks=pytest.mark.slow),
+        500,
+    ],
+)
 def test_chunks_change_nothing(chunk):
     run = lambda chunk: jax.jit(
         lambda key: rollout(

@@ -17,6 +17,14 @@ COUNTER = Loop(lambda key: jnp.array(0), lambda s, key, data: (s + 1, jnp.sqrt(s
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 
 
+@pytest.fixture(autouse=True)
+def heed_interrupts():
+    """A shell has SIGINT ignored by what runs in the background: not here."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def signal_at(signum, at):
     """Rows of one value, and a signal to this process while those of `at` are made."""
 

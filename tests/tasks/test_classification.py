@@ -279,8 +279,8 @@ def test_the_main_loss_is_action_zero_and_both_move_everything():
             r"classification.draw\(key=...\)",
         ),
         (
-            lambda: classification.from_arrays(np.ones((9, 2)), np.ones(10)),
-            r"add up to 3400, for 9 inputs and 10 labels",
+            lambda: classification.from_arrays(np.ones((9, 2)), np.ones(9)),
+            r"add up to 3400, for 9 inputs and 9 labels",
         ),
         (
             lambda: classification.problem(hidden=0),

@@ -280,6 +280,7 @@ def test_no_gradient_of_the_pass_reaches_the_rates(problem, params, batch):
     assert all(jnp.all(x == 0) for x in gradient.values())
 
 
+@pytest.mark.slow
 def test_per_example_responses_go_through_every_layer_and_mask(batch):
     problem = make(layers=1).problem
     params = jax.jit(problem.init)(jax.random.key(0))
