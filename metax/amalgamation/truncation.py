@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
 
 from metax.amalgamation.coordinates import all_finite, keep_unless
 from metax.amalgamation.distill import log_distance, meta_loss
@@ -32,6 +33,9 @@ __all__ = [
 
 Params = Any
 Data = Any
+
+# What a step that is computed again takes as it was: small beside the student's state.
+_FOUND = "loss and gradient of the optimizee"
 
 
 class Optimizee(NamedTuple):
@@ -183,7 +187,10 @@ def student_objective(
         (params, state, alive), (key, key_noise) = carry, keys
         at = keep_unless(alive, params, fixed.params)
         batch, key_loss = draw(task, data, key)
-        loss, grad = jax.value_and_grad(task.loss)(at, batch, key_loss)
+        found = jax.value_and_grad(task.loss)(at, batch, key_loss)
+        loss, grad = checkpoint_name(found, _FOUND)
+        # apart: XLA would work what follows into the loops over the activations
+        grad = jax.lax.optimization_barrier(grad)
         grad = grad if second_order else truncate(grad)
         grad = jax.tree.map(jnp.multiply, fixed.scale, grad)
         key_input, key_weights = jax.random.split(key_noise)
@@ -249,13 +256,15 @@ def scan_steps(
       step: the body.
       carry: where it starts.
       xs: leaves [K, ...].
-      remat: "none" keeps all; "step" keeps the carries and recomputes each step;
-        "block" keeps the carries of every block's start too, the block being the
-        largest divisor of K not above √K, and recomputes twice.
+      remat: "none" keeps all; "step" keeps the carries and the optimizee's gradients
+        and recomputes the rest of each step; "block" keeps the carries of every block's
+        start too, the block being the largest divisor of K not above √K, and recomputes
+        twice.
     """
     if remat == "none":
         return jax.lax.scan(step, carry, xs)
-    step = jax.checkpoint(step, prevent_cse=False)
+    keep = jax.checkpoint_policies.save_only_these_names(_FOUND)
+    step = jax.checkpoint(step, prevent_cse=False, policy=keep)
     num = len(jax.tree.leaves(xs)[0])
     size = next(n for n in range(math.isqrt(num), 0, -1) if num % n == 0)
     if remat == "step" or size == 1:

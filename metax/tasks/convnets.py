@@ -11,8 +11,9 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
+from metax.tasks.convolution import Conv, check_impl
 from metax.tasks.models import BatchNorm
-from metax.tasks.patches import Conv, check_impl, max_pool
+from metax.tasks.patches import max_pool
 
 __all__ = ["ConvNet", "Layer", "OneHidden", "ResNet"]
 

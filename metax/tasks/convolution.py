@@ -21,14 +21,18 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from metax.tasks.patches import convolve_gray
+from metax.tasks.patches import convolve_by_patches, convolve_gray, pair
 
-__all__ = ["convolve"]
+__all__ = ["Conv", "check_impl", "convolve"]
+
+_IMPLS = ("auto", "gemm", "lax")
 
 Sizes = tuple[int, ...]
 
@@ -68,7 +72,7 @@ def convolve(
       [batch, height, width, out].
     """
     if jax.default_backend() != "cpu":
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+        return _plain(x, kernel, strides, padding, **options)
     image, taps = x.shape[1:3], kernel.shape[:2]
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(image, taps, strides, padding)
@@ -77,6 +81,79 @@ def convolve(
     pads = tuple((low, high) for low, high in padding)
     window = _Window(image, taps, tuple(strides), pads)
     return _FORWARD.bind(x, kernel, window=window)
+
+
+class Conv(nn.Module):
+    """Convolution of images, with kernels glorot-uniform and biases zero at the start.
+
+        y[b, i, j, o] = Σ_{u, v, c} x[b, s·i + u, s·j + v, c] k[u, v, c, o] + bias[o]
+
+    Parameters: `kernel` [kh, kw, in, out] and `bias` [out]. The ways to compute it
+    agree up to rounding, in value and in every derivative. On a CPU "lax" is slow when
+    differentiated in a loop; "gemm" is fast there, also under `vmap` over weights, and
+    holds the patches, kh · kw times the input, in memory.
+
+    Attributes:
+      features: channels of the output.
+      kernel_size: height and width of the kernel, or one number for both.
+      strides: s, or one for the height and one for the width.
+      padding: "VALID" or "SAME", the latter with ⌈size / s⌉ outputs.
+      impl: "gemm", the product with all patches; "lax", JAX's convolution; "auto",
+        `convolve`: JAX's too, but for the CPU backend, where it is fast in loops.
+
+    Raises:
+      ValueError: `impl` or `padding` is none of these.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from metax.tasks import Conv
+      >>> x = jnp.ones((1, 5, 5, 2))
+      >>> variables = Conv(3, 3, strides=2).init(jax.random.key(0), x)
+      >>> Conv(3, 3, strides=2).apply(variables, x).shape
+      (1, 2, 2, 3)
+    """
+
+    features: int
+    kernel_size: int | tuple[int, int]
+    strides: int | tuple[int, int] = 1
+    padding: str = "VALID"
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_impl(self.impl, "Conv(impl=...)")
+        if self.padding not in ("VALID", "SAME"):
+            raise ValueError(
+                f"`Conv(padding=...)` must be 'VALID' or 'SAME'; got {self.padding!r}."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`x` [batch, height, width, channels] to [batch, height, width, features]."""
+        shape = (*pair(self.kernel_size), x.shape[-1], self.features)
+        init = nn.initializers.glorot_uniform()
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
+        dtype = jnp.result_type(x, kernel)
+        ways = {"auto": convolve, "gemm": convolve_by_patches, "lax": _plain}
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        y = ways[self.impl](x, kernel, pair(self.strides), self.padding)
+        return y + bias
+
+
+def check_impl(impl: str, argument: str) -> None:
+    """Refuses what is no way to convolve.
+
+    Args:
+      impl: what the caller passed.
+      argument: how the error names it, e.g. `"Conv(impl=...)"`.
+
+    Raises:
+      ValueError: `impl` is unknown.
+    """
+    if impl not in _IMPLS:
+        names = ", ".join(map(repr, _IMPLS))
+        raise ValueError(f"`{argument}` must be one of {names}; got {impl!r}.")
 
 
 def _forward(x: jax.Array, kernel: jax.Array, *, window: _Window) -> jax.Array:
@@ -108,11 +185,9 @@ def _by_axis(window: _Window) -> Any:
     return zip(window.output(), zip(*window, strict=True), strict=True)
 
 
-def _plain(x: jax.Array, kernel: jax.Array, *how: Any, **dilation: Any) -> jax.Array:
-    names = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel, *how, dimension_numbers=names, **dilation
-    )
+def _plain(x: jax.Array, kernel: jax.Array, *how: Any, **options: Any) -> jax.Array:
+    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), **options}
+    return jax.lax.conv_general_dilated(x, kernel, *how, **options)
 
 
 def _primitive(name: str, fun: Callable[..., jax.Array]) -> Primitive:
@@ -125,14 +200,37 @@ def _primitive(name: str, fun: Callable[..., jax.Array]) -> Primitive:
         return ShapedArray(out.shape, out.dtype)
 
     def batch(operands: Any, axes: Any, *, window: _Window) -> tuple[jax.Array, int]:
-        of_one = functools.partial(fun, window=window)
-        return jax.vmap(of_one, in_axes=tuple(axes))(*operands), 0
+        of_one = functools.partial(primitive.bind, window=window)
+        if axes[1] is None and primitive is not _BY_KERNEL:
+            return _as_one_batch(of_one, *operands, axes[0]), 0
+        return _in_turn(of_one, operands, axes), 0
 
     primitive.def_impl(fun)
     primitive.def_abstract_eval(abstract)
     batching.primitive_batchers[primitive] = batch
     mlir.register_lowering(primitive, mlir.lower_fun(fun, multiple_results=False))
     return primitive
+
+
+def _as_one_batch(
+    of_one: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array, axis: int
+) -> jax.Array:
+    """Batches of images that meet the same kernel are one batch."""
+    x = jnp.moveaxis(x, axis, 0)
+    y = of_one(x.reshape(-1, *x.shape[2:]), kernel)
+    return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+def _in_turn(of_one: Callable[..., jax.Array], operands: Any, axes: Any) -> jax.Array:
+    """One after the other: as one program it is a grouped convolution, and slower."""
+    pairs = list(zip(operands, axes, strict=True))
+    each = [jnp.moveaxis(x, axis, 0) for x, axis in pairs if axis is not None]
+
+    def one(batched: list[jax.Array]) -> jax.Array:
+        left = iter(batched)
+        return of_one(*(x if axis is None else next(left) for x, axis in pairs))
+
+    return jax.lax.map(one, each)
 
 
 _FORWARD = _primitive("convolve", _forward)

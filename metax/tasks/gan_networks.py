@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from metax.tasks.patches import Conv
+from metax.tasks.convolution import Conv
 
 __all__ = [
     "Architecture",

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from metax.arguments import check_axes, check_length
 from metax.base import Task
+from metax.tasks.convolution import Conv
 from metax.tasks.labelled import image_classification
 from metax.tasks.models import max_pool
-from metax.tasks.patches import Conv
 
 __all__ = [
     "IMAGE_SETS",

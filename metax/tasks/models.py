@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from metax.tasks.convolution import convolve
-from metax.tasks.patches import Conv, max_pool
+from metax.tasks.convolution import Conv, convolve
+from metax.tasks.patches import max_pool
 
 __all__ = ["CNN", "MLP", "VGG16", "BatchNorm", "Conv", "Linear", "max_pool"]
 

@@ -1,91 +1,30 @@
-"""Convolution and pooling that stay cheap when differentiated twice, also on a CPU.
+"""Convolution and pooling as products and maxima of whole arrays.
 
 A convolution is one matrix product: every output position sees a patch of the image,
 and the patches, laid out as rows, multiply the kernel as a matrix. XLA's CPU backend
-differentiates that product as fast as it computes it, while its own convolution, taken
-twice or inside a scan, falls back to code that is many times slower; and under `vmap`
-over weights it becomes a grouped convolution, slower still. On other backends the
-convolution is the fast one.
+differentiates that product as fast as it computes it, once or twice, inside a loop or
+outside, and under `vmap` over weights too, where a convolution becomes a grouped one.
+The price is memory for the patches, and the time to write and read them; images of one
+channel have small patches, and win.
 """
 
 import functools
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from metax.arguments import check_axes, refuse
 
-__all__ = ["Conv", "check_impl", "convolve_gray", "max_pool"]
-
-_IMPLS = ("auto", "gemm", "lax")
-
-
-class Conv(nn.Module):
-    """Convolution of images, with kernels glorot-uniform and biases zero at the start.
-
-        y[b, i, j, o] = Σ_{u, v, c} x[b, s·i + u, s·j + v, c] k[u, v, c, o] + bias[o]
-
-    Parameters: `kernel` [kh, kw, in, out] and `bias` [out]. The two ways to compute it
-    agree up to rounding, in value and in every derivative. "gemm" holds the patches,
-    kh · kw times the input, in memory.
-
-    Attributes:
-      features: channels of the output.
-      kernel_size: height and width of the kernel, or one number for both.
-      strides: s, or one for the height and one for the width.
-      padding: "VALID" or "SAME", the latter with ⌈size / s⌉ outputs.
-      impl: "gemm", "lax", or "auto": "gemm" on the CPU backend, "lax" elsewhere.
-
-    Raises:
-      ValueError: `impl` or `padding` is none of these.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from metax.tasks import Conv
-      >>> x = jnp.ones((1, 5, 5, 2))
-      >>> variables = Conv(3, 3, strides=2).init(jax.random.key(0), x)
-      >>> Conv(3, 3, strides=2).apply(variables, x).shape
-      (1, 2, 2, 3)
-    """
-
-    features: int
-    kernel_size: int | tuple[int, int]
-    strides: int | tuple[int, int] = 1
-    padding: str = "VALID"
-    impl: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_impl(self.impl, "Conv(impl=...)")
-        if self.padding not in ("VALID", "SAME"):
-            raise ValueError(
-                f"`Conv(padding=...)` must be 'VALID' or 'SAME'; got {self.padding!r}."
-            )
-        super().__post_init__()
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`x` [batch, height, width, channels] to [batch, height, width, features]."""
-        shape = (*_pair(self.kernel_size), x.shape[-1], self.features)
-        init = nn.initializers.glorot_uniform()
-        kernel = self.param("kernel", init, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
-        dtype = jnp.result_type(x, kernel)
-        impl = _impl_of_backend() if self.impl == "auto" else self.impl
-        convolve = _gemm if impl == "gemm" else _lax
-        strides = _pair(self.strides)
-        y = convolve(x.astype(dtype), kernel.astype(dtype), strides, self.padding)
-        return y + bias
+__all__ = ["convolve_by_patches", "convolve_gray", "max_pool", "pair"]
 
 
 def max_pool(x: jax.Array, size: int) -> jax.Array:
     """The maximum of each `size` × `size` square; what is left at the end is dropped.
 
-    By reshaping: the gradient of a windowed maximum (`nn.max_pool`) is a scatter, slow
-    on a CPU, and slower the second time. And by maxima of two: the gradient of a
-    reduction divides by how often the maximum is found again, which is never where XLA
-    computes an entry twice and rounds it differently; that was NaN.
+    The gradient of a windowed maximum (`nn.max_pool`) is a scatter, slow on a CPU, and
+    slower the second time. Here it is a selection, of as little work as the maximum.
+    Among equal entries one has all of the gradient.
 
     Args:
       x: [batch, height, width, channels].
@@ -112,9 +51,45 @@ def max_pool(x: jax.Array, size: int) -> jax.Array:
         refuse("max_pool", "size", rule, size)
     rows, columns = height // size, width // size
     x = x[:, : rows * size, : columns * size]
-    x = x.reshape(batch, rows, size, columns, size, channels)
+    return _maxima(x.reshape(batch, rows, size, columns, size, channels))
+
+
+@jax.custom_jvp
+def _maxima(x: jax.Array) -> jax.Array:
+    """Over both sizes of [batch, rows, size, columns, size, channels]."""
+    size = x.shape[2]
     x = functools.reduce(jnp.maximum, [x[:, :, i] for i in range(size)])
     return functools.reduce(jnp.maximum, [x[:, :, :, j] for j in range(size)])
+
+
+@_maxima.defjvp
+def _maxima_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The tangents of the places where the maxima stand.
+
+    By places, and not by what equals its maximum: XLA may compute an entry twice and
+    round it differently, and then nothing does.
+    """
+    (x,), (dx,) = primals, tangents
+    size = x.shape[2]
+    rows = [(x[:, :, i], jnp.int32(i)) for i in range(size)]
+    largest, row = functools.reduce(_larger, rows)
+    columns = [
+        (largest[:, :, :, j], size * row[:, :, :, j] + jnp.int32(j))
+        for j in range(size)
+    ]
+    place = functools.reduce(_larger, columns)[1][:, :, None, :, None]
+    places = jnp.arange(size**2).reshape(size, 1, size, 1)
+    return _maxima(x), jnp.sum(jnp.where(place == places, dx, 0), (2, 4))
+
+
+def _larger(
+    one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The larger of two values, and its place; of equal ones, the first."""
+    (x, at_x), (y, at_y) = one, other
+    return jnp.maximum(x, y), jnp.where(y > x, at_y, at_x)
 
 
 def convolve_gray(
@@ -136,54 +111,43 @@ def convolve_gray(
     Returns:
       [batch, height, width, features].
     """
-    if _impl_of_backend() == "lax" or isinstance(padding, str):
+    if jax.default_backend() != "cpu" or isinstance(padding, str):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     height, width, _, features = kernel.shape
     x = jnp.pad(x[..., 0], ((0, 0), *padding))
     # Taps first: single pixels side by side would be copied one by one.
-    windows = jnp.stack(_windows(x, (height, width), _pair(strides)))
+    windows = jnp.stack(_windows(x, (height, width), pair(strides)))
     taps = height * width
     y = jnp.tensordot(windows.reshape(taps, -1), kernel.reshape(taps, features), (0, 0))
     return y.reshape(*windows.shape[1:], features)
 
 
-def check_impl(impl: str, argument: str) -> None:
-    """Refuses what is no way to convolve.
+def convolve_by_patches(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: str
+) -> jax.Array:
+    """A convolution as one product, of all patches and the kernel.
 
     Args:
-      impl: what the caller passed.
-      argument: how the error names it, e.g. `"Conv(impl=...)"`.
+      x: [batch, height, width, in].
+      kernel: [height, width, in, out].
+      strides: for height and width.
+      padding: "VALID" or "SAME".
 
-    Raises:
-      ValueError: `impl` is unknown.
+    Returns:
+      [batch, height, width, out].
     """
-    if impl not in _IMPLS:
-        names = ", ".join(map(repr, _IMPLS))
-        raise ValueError(f"`{argument}` must be one of {names}; got {impl!r}.")
-
-
-def _impl_of_backend() -> str:
-    return "gemm" if jax.default_backend() == "cpu" else "lax"
-
-
-def _lax(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: str
-) -> jax.Array:
-    return jax.lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-def _gemm(
-    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: str
-) -> jax.Array:
-    """Patches as rows, ordered like the kernel's first three axes, times the kernel."""
     height, width, _, features = kernel.shape
     if padding == "SAME":
         pads = jax.lax.padtype_to_pads(x.shape[1:3], (height, width), strides, "SAME")
         x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    # Rows are ordered like the kernel's first three axes.
     windows = jnp.concatenate(_windows(x, (height, width), strides), axis=-1)
     return windows @ kernel.reshape(-1, features)
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """Height and width of what is given as one number or as two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _windows(
@@ -203,7 +167,3 @@ def _strided(x: jax.Array, start: int, size: int, stride: int, axis: int) -> jax
     num_steps = (x.shape[axis] - size) // stride
     stop = start + num_steps * stride + 1
     return jax.lax.slice_in_dim(x, start, stop, stride, axis)
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -48,17 +48,17 @@ def derivatives(conv, x):
         ((2, 3), (1, 3), "SAME"),
     ],
 )
-def test_both_ways_agree_in_value_gradient_and_hessian_vector_product(
+def test_all_ways_agree_in_value_gradient_and_hessian_vector_product(
     kernel_size, strides, padding
 ):
     x = jax.random.normal(KEY, (2, 8, 7, 3))
-    conv = Conv(4, kernel_size, strides, padding, impl="gemm")
-    by_gemm, by_lax = derivatives(conv, x), derivatives(conv.clone(impl="lax"), x)
-    for gemm, lax in zip(
-        jax.tree.leaves(by_gemm), jax.tree.leaves(by_lax), strict=True
-    ):
-        np.testing.assert_allclose(gemm, lax, rtol=1e-10, atol=1e-10)
-    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(by_gemm))
+    conv = Conv(4, kernel_size, strides, padding, impl="lax")
+    expected = jax.tree.leaves(derivatives(conv, x))
+    assert all(np.abs(leaf).max() > 0 for leaf in expected)
+    for impl in ("auto", "gemm"):
+        found = jax.tree.leaves(derivatives(conv.clone(impl=impl), x))
+        for leaf, lax in zip(found, expected, strict=True):
+            np.testing.assert_allclose(leaf, lax, rtol=1e-10, atol=1e-10)
 
 
 def test_they_agree_in_single_precision():
@@ -117,7 +117,7 @@ def test_kernels_begin_glorot_uniform_and_biases_zero():
     assert params["bias"].tolist() == [0.0] * 32
 
 
-def test_on_the_cpu_auto_is_the_matrix_product(monkeypatch):
+def test_on_the_cpu_auto_unfolds_gray_images(monkeypatch):
     def program():
         x = jnp.zeros((1, 4, 4, 1))
         conv = Conv(2, 3)
@@ -157,6 +157,35 @@ def test_max_pool_is_the_windowed_maximum(size, shape):
     x = jax.random.normal(KEY, (2, *shape, 3))
     expected = nn.max_pool(x, (size, size), (size, size))
     assert (max_pool(x, size) == expected).all()
+
+
+def test_derivatives_of_max_pool_are_those_of_the_windowed_maximum():
+    x, along = jax.random.normal(KEY, (2, 2, 7, 6, 3))
+
+    def derivatives(pool):
+        loss = lambda x: jnp.sum(jnp.sin(pool(x)))
+        gradient = jax.grad(loss)
+        curved = jax.grad(lambda x: jnp.vdot(gradient(x), along))
+        return gradient(x), jax.jvp(gradient, (x,), (along,))[1], curved(x)
+
+    @jax.jit
+    def both():
+        windowed = lambda x: nn.max_pool(x, (3, 3), (3, 3))
+        return derivatives(lambda x: max_pool(x, 3)), derivatives(windowed)
+
+    for ours, theirs in zip(*both(), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-12)
+        assert np.abs(theirs).max() > 0
+
+
+def test_among_equal_entries_one_has_the_gradient_of_max_pool():
+    gradient = jax.grad(lambda x: max_pool(x, 2).sum())(jnp.ones((1, 2, 2, 1)))
+    assert sorted(gradient.ravel().tolist()) == [0, 0, 0, 1]
+
+
+def test_what_is_not_a_number_is_not_lost_in_max_pool():
+    x = jnp.zeros((1, 2, 4, 1)).at[0, 1, 1].set(jnp.nan)
+    assert jnp.isnan(max_pool(x, 2)).ravel().tolist() == [True, False]
 
 
 def test_models_reaches_both_names():
