@@ -202,7 +202,8 @@ def _primitive(name: str, fun: Callable[..., jax.Array]) -> Primitive:
     def batch(operands: Any, axes: Any, *, window: _Window) -> tuple[jax.Array, int]:
         of_one = functools.partial(primitive.bind, window=window)
         if axes[1] is None and primitive is not _BY_KERNEL:
-            return _as_one_batch(of_one, *operands, axes[0]), 0
+            x, kernel = operands
+            return _as_one_batch(of_one, x, kernel, axes[0]), 0
         return _in_turn(of_one, operands, axes), 0
 
     primitive.def_impl(fun)

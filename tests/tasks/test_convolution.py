@@ -84,6 +84,17 @@ def test_every_convolution_in_a_loop_is_of_the_form_that_is_fast_there():
     assert len(jaxs) > 1
 
 
+def test_under_vmap_no_convolution_is_a_grouped_one():
+    pairs = jax.tree.map(lambda *leaves: jnp.stack(leaves), *operands((3, 3)))
+    loss = lambda x, k: jnp.sum(jnp.sin(convolve(x, k, (1, 1), "SAME")))
+    for axes in [(0, 0), (0, None), (None, 0)]:
+        at = [x if axis == 0 else x[0] for x, axis in zip(pairs, axes, strict=True)]
+        run = jax.vmap(jax.grad(loss, (0, 1)), axes)
+        text = jax.jit(run).lower(*at).as_text()
+        groups = re.findall(r"(?:feature|batch)_group_count = (\d+)", text)
+        assert set(groups) == {"1"}
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("padding", ["SAME", "VALID", 1])
 def test_in_a_flax_layer_it_is_flax_own(padding, channels):
