@@ -20,11 +20,17 @@ STABILITY = [
     "0.1", "--trajectories", "1", "--remat", "none", "--num-steps", "4",
     "--judge-every", "2", "--num-evaluations", "2", "--gaussian", "0.001",
 ]  # fmt: skip
-REGRESSION = [
-    "--num-guided", "2", "--num-controllers", "2", "--num-rollouts", "2",
-    "--num-updates", "3", "--max-steps", "30", "--num-runs", "2", "--num-steps", "40",
-    "--num-seeds", "1", "--num-lams", "2", "--num-coarse", "2", "--chances", "0.5",
+SCHEDULES = [
+    "--num-guided", "1", "--num-rollouts", "2", "--num-updates", "2", "--max-steps",
+    "20", "--num-steps", "20", "--num-seeds", "1", "--chances", "0.5",
 ]  # fmt: skip
+REGRESSION = [
+    *SCHEDULES, "--num-controllers", "2", "--num-runs", "2", "--num-lams", "2",
+    "--num-coarse", "2",
+]  # fmt: skip
+SWEEP = [*SCHEDULES, "--lams", "0.2", "0.4", "--num-runs", "1"]
+TRANSFER = [*SCHEDULES, "--num-controllers", "2", "--num-lams", "2", "--num-runs", "2"]
+CLASSIFICATION = [*SCHEDULES, "--num-lams", "3", "--joint-lams", "0.1"]
 
 
 def start(script, argv, out, *flags, **variables):
@@ -56,6 +62,9 @@ def summary_of(run):
         ("stn_starts", STARTS),
         ("amalgamation_stability", STABILITY),
         ("autoloss_regression", REGRESSION),
+        ("autoloss_sweep", SWEEP),
+        ("autoloss_transfer", TRANSFER),
+        ("autoloss_classification", CLASSIFICATION),
     ],
 )
 def test_a_script_spreads_over_two_devices(script, argv, tmp_path):
