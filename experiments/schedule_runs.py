@@ -39,7 +39,7 @@ from metax.autoloss import (
     running_norm,
 )
 from metax.harness import paired_difference, spread, write_json
-from metax.harness.processes import all_on_host
+from metax.harness.processes import agree, all_on_host
 
 # entries of a feature vector that are made of something, for ablations
 PARTS = {
@@ -342,7 +342,7 @@ def cells(folder: Path, names: Sequence[Any], measure: Callable[[Any], Any]) -> 
     found = []
     for name in names:
         path = folder / "cells" / f"{name}.json"
-        if not path.is_file():
+        if agree(not path.is_file()):  # all processes measure, or none
             write_json(path, measure(name))
         found.append(json.loads(path.read_text(encoding="utf-8")))
     return found

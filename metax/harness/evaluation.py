@@ -24,6 +24,7 @@ from metax.arguments import check_has
 from metax.base import Loop, LoopLike, check_key
 from metax.harness.freezing import freeze as frozen_loop
 from metax.harness.parallel import (
+    check_mesh,
     check_share,
     put_everywhere,
     spread,
@@ -57,6 +58,7 @@ def replicate(loop: LoopLike, num_seeds: int, *, mesh: Mesh | None = None) -> Lo
             f"`replicate(num_seeds=...)` must be at least 1; got {num_seeds}."
         )
 
+    check_mesh("replicate", mesh)
     check_share("replicate(num_seeds=...)", num_seeds, mesh)
     init_each = spread(loop.init, (0,), mesh)
     step_each = spread(loop.step, (0, 0, None), mesh)
@@ -103,6 +105,7 @@ def grid(
       ([0.125, 8.0], (3, 2))
     """
     settings = jax.tree.map(jnp.asarray, settings)
+    check_mesh("grid", mesh)
     check_share("grid(settings=...)", _check_settings(settings, "grid"), mesh)
 
     def init_one(setting: Any, key: jax.Array) -> Any:
