@@ -13,6 +13,7 @@ import optax
 from sklearn.datasets import make_classification
 
 from experiments import schedule_runs
+from metax import Loop
 from metax.autoloss import (
     always,
     bernoulli,
@@ -23,6 +24,7 @@ from metax.autoloss import (
     running_norm,
 )
 from metax.harness import shard
+from metax.harness.parallel import check_share
 from metax.harness.processes import all_on_host
 from metax.tasks import FiveWay, classification, controller_data, join_splits, task_data
 
@@ -106,6 +108,8 @@ def build(config: Any, mesh: Any = None) -> Parts:
         "random": lambda s: (problem(s["lam"]), bernoulli(s["p"])),
         "alternate": lambda s: (problem(s["lam"]), cycle((1, 1))),
     }
+    if config.num_controllers:  # now, and not after the runs made by hand
+        check_share("--num-rollouts", config.num_rollouts, mesh)
     learn, lead = {}, {}
     seen = schedule_runs.seen_by(config, "classification")
     for kind in KINDS:
@@ -113,9 +117,8 @@ def build(config: Any, mesh: Any = None) -> Parts:
         one = lambda lam, net=net: schedule_runs.loop_of(
             config, problem(lam), net, seen
         )
-        over_devices = lambda lam, one=one: shard(one(lam), mesh, config.num_rollouts)
-        loop = one if mesh is None else over_devices
-        learn[kind] = schedule_runs.learner(loop, config.num_updates)
+        shared = lambda lam, one=one: over_devices(one(lam), config.num_rollouts, mesh)
+        learn[kind] = schedule_runs.learner(shared, config.num_updates)
         led = schedule_runs.guided(problem, net, seen)
         lead[kind] = schedule_runs.leader(led, config.num_steps, mesh=mesh)
     return Parts(
@@ -127,6 +130,11 @@ def build(config: Any, mesh: Any = None) -> Parts:
         lead=lead,
         score=schedule_runs.scorer(problem(), "test_accuracy"),
     )
+
+
+def over_devices(loop: Loop, num_rollouts: int, mesh: Any) -> Loop:
+    """Each device makes its share of the runs of an update."""
+    return loop if mesh is None else shard(loop, mesh, num_rollouts)
 
 
 def hand_made(config: Any, parts: Parts, data: Set) -> dict[str, Row]:

@@ -29,6 +29,7 @@ from metax.amalgamation import (
 )
 from metax.amalgamation.artifacts import POLICIES
 from metax.harness import host_unroll, shard
+from metax.harness.parallel import check_share
 from metax.tasks.optimizees import Optimizee
 
 # the one teacher of the stronger baselines
@@ -216,6 +217,7 @@ def build(
 
 def over_devices(loop: Loop, config: Training, mesh: Any) -> Loop:
     """Each device unrolls its share of the tasks, from the same weights."""
+    check_share("--num-tasks", config.num_tasks, mesh)
     return loop if mesh is None else shard(loop, mesh, config.num_tasks)
 
 

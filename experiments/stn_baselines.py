@@ -96,7 +96,7 @@ class Config:
     implicit_every: int = 25
     implicit_products: int = 10
     implicit_damping: float = 0.01
-    by_step: bool = False  # no scan, no vmap: for convolutions on a CPU
+    by_step: bool = False  # runs in turn, no scan, no vmap: no faster any more
     num_seeds: int = 2
     seed: int = 0
     data_dir: str | None = None

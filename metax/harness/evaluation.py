@@ -239,11 +239,12 @@ def evaluate_in_turn(
 
     A step is a jitted function that the host calls, neither scanned nor vmapped, and
     compiled once for all runs. For steps of many milliseconds that XLA slows down in a
-    loop, as it does the gradients of convolutions on a CPU. Keys are those of
-    `evaluate`, so the infos are the same up to rounding; no run is frozen.
+    loop, as it does the gradients of its own convolutions on a CPU (not of those of
+    `metax.tasks`). Keys are those of `evaluate`, so the infos are the same up to
+    rounding; no run is frozen.
 
     Args:
-      build: as in `grid`; its steps should not scan over convolutions either.
+      build: as in `grid`; its steps should not scan over what is slow in a loop either.
       settings: as in `grid`.
       data: handed to every step and to `judge`.
       key: one typed key for all runs.

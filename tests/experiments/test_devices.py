@@ -78,11 +78,12 @@ def summary_of(run):
     return json.loads((run / "summary.json").read_text())
 
 
-# a minute each and more; the cheapest of two methods are in the default suite
+# the cheapest of two methods; of the others the default suite has the refusals below
 SPREAD = {
     "hypergradient_hdm": HDM,
     "stn_baselines": [*SEARCHES, "fixed_start"],
 }
+# a minute of compilation each
 SPREAD_TOO = {
     "stn_baselines": [*SEARCHES, "random_equal", "delta_stn"],
     "stn_ridge": RIDGE,
@@ -154,15 +155,26 @@ def test_two_processes_write_one_run_that_is_that_of_one_device(tmp_path):
         np.testing.assert_array_equal(one[name]["counts"], two[name]["counts"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "flags", "said"),
     [
-        ("hypergradient_cifar", ["--devices", "2"], "has nothing to divide"),
-        (
+        pytest.param(
+            "hypergradient_cifar",
+            ["--devices", "2"],
+            "has nothing to divide",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "hypergradient_hdm",
             ["--num-seeds", "3", "--devices", "2"],
             "got 3 on 2 devices",
+            marks=pytest.mark.slow,
+        ),
+        ("amalgamate", ["--devices", "2"], "`--num-tasks` must be a multiple"),
+        (
+            "autoloss_classification",
+            [*CLASSIFICATION, "--num-rollouts", "3", "--devices", "2"],
+            "`--num-rollouts` must be a multiple",
         ),
     ],
 )
