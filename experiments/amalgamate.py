@@ -52,9 +52,12 @@ from metax.harness import (
     create_run,
     parse,
     plot_panels,
+    put_everywhere,
     read_metrics,
     write_summary,
 )
+from metax.harness.files import together
+from metax.harness.processes import all_on_host, is_first
 from metax.tasks.optimizees import Optimizee
 
 CLIP = 1.0  # global norm of the gradients over the long horizon
@@ -115,13 +118,15 @@ def replicate(
     run: Path,
     number: int,
     parts: Trainer | None,
+    mesh: Any = None,
 ) -> dict[str, Any]:
     """Trains replicate `number` and saves it; its row of metrics."""
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     key_choice, key_student = jax.random.split(key)
     if parts is None:
-        teacher = choice_teacher(config, optimizee, data, run, number, key_choice)
-        parts = trainer(config, optimizee, student_of(config), {"choice": teacher})
+        one = (config, optimizee, data, run, number, key_choice)
+        teachers = {"choice": choice_teacher(*one, mesh)}
+        parts = trainer(config, optimizee, student_of(config), teachers, mesh)
     threshold = config.repeat_threshold
     trained = train_student(
         config, parts, stages(config), data, key_student, repeat_threshold=threshold
@@ -147,12 +152,13 @@ def replicate(
 
 
 def choice_teacher(
-    config: Config, optimizee: Optimizee, data: Any, run: Path, number: int, key: Any
-) -> Any:
+    config: Config, optimizee: Optimizee, data: Any, run: Path, number: int, key: Any,
+    mesh: Any,
+) -> Any:  # fmt: skip
     """The choice policy of a replicate as a rule, from its file if it is trained."""
     path = run / f"choice_{number}"
     if not path.with_suffix(".json").exists():
-        trained = train_choice(config, optimizee, data, key)
+        trained = train_choice(config, optimizee, data, key, mesh)
         steps = max(stage.unroll_length for stage in choice_stages(config))
         policy = ("choice", choice_options(config))
         save(config, path, trained, policy, {"trained_steps": steps})
@@ -170,7 +176,7 @@ def save(
     more = {**outcome, "cpu_seconds": trained.spent}
     about = card(config, training_command(config, PRESETS), **more)
     theta, (name, options) = trained.result.theta, policy
-    save_artifact(path, theta, policy=name, policy_options=options, metadata=about)
+    write(path, theta, policy=name, policy_options=options, metadata=about)
 
 
 def complete(config: Config, path: Path, evaluation: list[dict[str, Any]]) -> None:
@@ -178,10 +184,18 @@ def complete(config: Config, path: Path, evaluation: list[dict[str, Any]]) -> No
     _, theta, old = load_artifact(path)
     known = {name: old[name] for name in MEASURED if name in old}
     about = card(config, training_command(config, PRESETS), evaluation=evaluation)
-    save_artifact(
+    write(
         path, theta, policy=old["policy"], policy_options=old["policy_options"],
         metadata={**about, **known},
     )  # fmt: skip
+
+
+def write(path: Path, theta: Any, **how: Any) -> None:
+    """Saves an artefact; of several processes the first does."""
+    theta = all_on_host(theta)
+    with together(path):
+        if is_first():
+            save_artifact(path, theta, **how)
 
 
 def judge(
@@ -246,18 +260,22 @@ def judged(config: Config, optimizee: Optimizee, sets: Any, run: Path) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, presets=PRESETS, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
+    )
+    mesh = options.mesh
     run, begin = create_run(options.out, config), time.perf_counter()
     optimizee, *sets = problem(config.optimizee, config.data_dir)
+    data = put_everywhere(sets[0], mesh)
     finished = {row["replicate"] for row in read_metrics(run)}
     missing = [i for i in range(config.num_replicates) if i not in finished]
     shared = None
     if config.reduce != "choice":  # there each replicate has a teacher of its own
         none = config.reduce == "none"
         teachers = {} if none else dict(pool(config.pool, setting=config.setting))
-        shared = trainer(config, optimizee, student_of(config), teachers)
+        shared = trainer(config, optimizee, student_of(config), teachers, mesh)
     for number in missing:
-        row = replicate(config, optimizee, sets[0], run, number, shared)
+        row = replicate(config, optimizee, data, run, number, shared, mesh)
         append_metrics(run, [row])
     rows = sorted(read_metrics(run), key=lambda row: row["replicate"])
     outcomes = judged(config, optimizee, tuple(sets), run)

@@ -12,6 +12,7 @@ import numpy as np
 
 from metax import Loop
 from metax.amalgamation import AmalgamationState
+from metax.harness.processes import all_on_host
 
 
 def by_turns(loop: Loop, imitation: Loop, probability: float) -> Callable[..., Any]:
@@ -47,7 +48,7 @@ def by_turns(loop: Loop, imitation: Loop, probability: float) -> Callable[..., A
                 state, info = own(state, key, data)
                 infos.append(info)
         join = lambda *leaves: np.stack(leaves)
-        return state, jax.tree.map(join, *jax.device_get(infos))
+        return state, jax.tree.map(join, *all_on_host(infos))
 
     return run
 

@@ -104,9 +104,9 @@ AT_LAM = ("joint", "random(.5)", "random(p*)", "context-free")
 Rows = dict[str, dict[str, Any]]
 
 
-def table(config: Config, folder: Path) -> dict[str, Any]:
+def table(config: Config, parts: runs.Parts, folder: Path) -> dict[str, Any]:
     """Each data set by itself; a cell is a data set and a group of methods."""
-    parts, seeds = runs.build(config), _seeds(config)
+    seeds = _seeds(config)
 
     def measure(name: str) -> Rows:
         seed, group, *lam = name.split(" ")
@@ -156,9 +156,9 @@ def untrained(config: Config, folder: Path) -> dict[str, Any]:
     return dict(zip(names, found, strict=True))
 
 
-def transfer(config: Config, folder: Path) -> dict[str, Any]:
+def transfer(config: Config, parts: runs.Parts, folder: Path) -> dict[str, Any]:
     """Controllers of each source on every data set, beside schedules tuned there."""
-    parts, seeds, lam = runs.build(config), _seeds(config), config.lams[0]
+    seeds, lam = _seeds(config), config.lams[0]
     sets = {seed: runs.draw(config, seed) for seed in seeds}
 
     def measure(name: str) -> Rows:
@@ -264,9 +264,12 @@ def _seeds(config: Config) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    config, options = parse(Config, presets=PRESETS, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
+    )
     run, begin = create_run(options.out, config), time.perf_counter()
-    found = (transfer if config.transfer else table)(config, run)
+    parts = runs.build(config, options.mesh)
+    found = (transfer if config.transfer else table)(config, parts, run)
     if config.untrained:
         found["untrained"] = untrained(config, run)
     summary = {"config": config, **found}

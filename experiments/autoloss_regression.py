@@ -122,7 +122,7 @@ def build(config: Config, mesh: Any = None) -> dict[str, Any]:
     """The compiled parts, which all data sets share."""
     problem = lambda lam: problem_of(config, lam)
     parts: dict[str, Any] = {
-        name: (schedule_runs.leader(make, config.num_steps), settings)
+        name: (schedule_runs.leader(make, config.num_steps, mesh=mesh), settings)
         for name, (make, settings) in hand_made(config).items()
     }
     for name, drop in learned_kinds(config).items():

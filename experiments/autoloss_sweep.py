@@ -63,7 +63,7 @@ def problem_of(config: Config) -> Any:
     }[config.task]
 
 
-def build(config: Config) -> dict[str, Any]:
+def build(config: Config, mesh: Any = None) -> dict[str, Any]:
     """The compiled parts, which all data sets share."""
     problem = problem_of(config)
     made: dict[str, Any] = {
@@ -75,13 +75,13 @@ def build(config: Config) -> dict[str, Any]:
         },
     }
     parts: dict[str, Any] = {
-        name: schedule_runs.leader(make, config.num_steps)
+        name: schedule_runs.leader(make, config.num_steps, mesh=mesh)
         for name, make in made.items()
     }
     if config.num_controllers:
         for kind in KINDS:
             parts[kind] = schedule_runs.learning_parts(
-                config, kind, problem, task=config.task
+                config, kind, problem, task=config.task, mesh=mesh
             )
     return parts
 
@@ -155,9 +155,11 @@ def summarise(config: Config, found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, presets=PRESETS, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
+    )
     run, begin = create_run(options.out, config), time.perf_counter()
-    parts = build(config)
+    parts = build(config, options.mesh)
     seeds = [config.first_seed + i for i in range(config.num_seeds)]
     found = schedule_runs.cells(run, seeds, lambda seed: measure(config, parts, seed))
     outcome = summarise(config, found)

@@ -39,18 +39,21 @@ class Config(schedule_runs.Learning):
     num_runs: int = 3
 
 
-def build(config: Config) -> dict[str, Any]:
+def build(config: Config, mesh: Any = None) -> dict[str, Any]:
     """The compiled parts, which all data sets share."""
     problem = regression.problem
     return {
         "joint": schedule_runs.leader(
-            lambda lam: (joint()(problem(lam)), always(0)), config.num_steps
+            lambda lam: (joint()(problem(lam)), always(0)), config.num_steps, mesh=mesh
         ),
         "random": schedule_runs.leader(
-            lambda p: (problem(config.lam), bernoulli(p)), config.num_steps
+            lambda p: (problem(config.lam), bernoulli(p)), config.num_steps, mesh=mesh
         ),
         "score": schedule_runs.scorer(problem(config.lam), "test_excess"),
-        **{k: schedule_runs.learning_parts(config, k, problem) for k in KINDS},
+        **{
+            k: schedule_runs.learning_parts(config, k, problem, mesh=mesh)
+            for k in KINDS
+        },
     }
 
 
@@ -129,9 +132,11 @@ def summarise(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, argv=argv, description=__doc__, several_devices=True
+    )
     run, begin = create_run(options.out, config), time.perf_counter()
-    parts = build(config)
+    parts = build(config, options.mesh)
     seeds = [config.first_seed + i for i in range(config.num_seeds)]
     found = schedule_runs.cells(run, seeds, lambda seed: measure(config, parts, seed))
     outcome = summarise(found)

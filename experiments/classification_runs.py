@@ -13,6 +13,7 @@ import optax
 from sklearn.datasets import make_classification
 
 from experiments import schedule_runs
+from metax import Loop
 from metax.autoloss import (
     always,
     bernoulli,
@@ -22,6 +23,9 @@ from metax.autoloss import (
     joint,
     running_norm,
 )
+from metax.harness import shard
+from metax.harness.parallel import check_share
+from metax.harness.processes import all_on_host
 from metax.tasks import FiveWay, classification, controller_data, join_splits, task_data
 
 KINDS = ("AutoLoss", "context-free")
@@ -96,32 +100,41 @@ def draw(config: Any, seed: int, *, wide: bool = False) -> Set:
     )
 
 
-def build(config: Any) -> Parts:
+def build(config: Any, mesh: Any = None) -> Parts:
+    """Over several devices runs are spread, of controllers those of each update."""
     problem = classification.problem
     made = {
         "joint": lambda s: (joint()(problem(s["lam"])), always(0)),
         "random": lambda s: (problem(s["lam"]), bernoulli(s["p"])),
         "alternate": lambda s: (problem(s["lam"]), cycle((1, 1))),
     }
+    if config.num_controllers:  # now, and not after the runs made by hand
+        check_share("--num-rollouts", config.num_rollouts, mesh)
     learn, lead = {}, {}
     seen = schedule_runs.seen_by(config, "classification")
     for kind in KINDS:
         net = schedule_runs.network(config, kind)
-        loop = lambda lam, net=net: schedule_runs.loop_of(
+        one = lambda lam, net=net: schedule_runs.loop_of(
             config, problem(lam), net, seen
         )
-        learn[kind] = schedule_runs.learner(loop, config.num_updates)
+        shared = lambda lam, one=one: over_devices(one(lam), config.num_rollouts, mesh)
+        learn[kind] = schedule_runs.learner(shared, config.num_updates)
         led = schedule_runs.guided(problem, net, seen)
-        lead[kind] = schedule_runs.leader(led, config.num_steps)
+        lead[kind] = schedule_runs.leader(led, config.num_steps, mesh=mesh)
     return Parts(
         hand_made={
-            name: schedule_runs.leader(make, config.num_steps)
+            name: schedule_runs.leader(make, config.num_steps, mesh=mesh)
             for name, make in made.items()
         },
         learn=learn,
         lead=lead,
         score=schedule_runs.scorer(problem(), "test_accuracy"),
     )
+
+
+def over_devices(loop: Loop, num_rollouts: int, mesh: Any) -> Loop:
+    """Each device makes its share of the runs of an update."""
+    return loop if mesh is None else shard(loop, mesh, num_rollouts)
 
 
 def hand_made(config: Any, parts: Parts, data: Set) -> dict[str, Row]:
@@ -163,7 +176,8 @@ def train(config: Any, parts: Parts, data: Set, kind: str, lam: float) -> Any:
     """Controllers as `lead` takes them, and what their training was."""
     keys = jax.random.split(data.learn_key, config.num_controllers)
     lams = np.full(len(keys), lam)
-    learned = parts.learn[kind](lams, keys, controller_data(data.splits))
+    data_of = controller_data(data.splits)
+    learned = all_on_host(parts.learn[kind](lams, keys, data_of))
     kept = np.full(len(keys), config.num_updates)
     if config.kept_over:
         kept = schedule_runs.kept_updates(learned, config.kept_over, maximize=True)

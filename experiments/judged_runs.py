@@ -14,7 +14,13 @@ import numpy as np
 import optax
 
 from metax import BilevelProblem, Loop, Task, inner_loop, unroll
-from metax.harness import evaluate, evaluate_in_turn, grid, paired_difference
+from metax.harness import (
+    evaluate,
+    evaluate_in_turn,
+    grid,
+    paired_difference,
+    put_everywhere,
+)
 from metax.stn import DeltaSTN, delta_stn
 from metax.tasks import (
     ImageTuning,
@@ -165,10 +171,12 @@ def run_watched(
 ) -> tuple[Watched, float]:  # fmt: skip
     """Infos [seeds, `num`, settings, ...], and the seconds without compilation.
 
-    All runs are one program, or, `by_step`, a step is one and the runs take turns.
+    All runs are one program, or, `by_step`, a step is one and the runs take turns. Over
+    several devices seeds are spread, or settings where there is one seed.
     """
     if by_step and mesh is not None:
         raise SystemExit("--by-step takes its runs in turn: --devices must be 1")
+    seeds_on, settings_on = (mesh, None) if num_seeds > 1 else (None, mesh)
     marks = [time.perf_counter()]
 
     def look(infos: Watched) -> None:
@@ -181,11 +189,12 @@ def run_watched(
         )
         turns = num * num_seeds * infos.valid["loss"].shape[2]
     else:
-        loop = grid(lambda setting: watch(judged, build(setting)), settings)
+        one = lambda setting: watch(judged, build(setting))
+        loop = grid(one, settings, mesh=settings_on)
         on_chunk = lambda step, state, infos: look(infos)
         how: dict[str, Any] = {"chunk": 1, "on_chunk": on_chunk}
-        how |= {"num_seeds": num_seeds, "progress": label, "mesh": mesh}
-        _, infos = evaluate(loop, data, key, num, **how)
+        how |= {"num_seeds": num_seeds, "progress": label, "mesh": seeds_on}
+        _, infos = evaluate(loop, put_everywhere(data, mesh), key, num, **how)
         turns = num
     # the first stretch holds the compilation
     return infos, float(np.median(np.diff(marks)[-max(turns - 1, 1) :]) * turns)

@@ -28,7 +28,8 @@ from metax.amalgamation import (
     validation_loss,
 )
 from metax.amalgamation.artifacts import POLICIES
-from metax.harness import host_unroll
+from metax.harness import host_unroll, shard
+from metax.harness.parallel import check_share
 from metax.tasks.optimizees import Optimizee
 
 # the one teacher of the stronger baselines
@@ -177,9 +178,16 @@ def meta_optimizer(config: Training) -> optax.GradientTransformation:
 
 
 def build(
-    config: Training, optimizee: Optimizee, student: LearnedOptimizer, teachers: dict
+    config: Training,
+    optimizee: Optimizee,
+    student: LearnedOptimizer,
+    teachers: dict,
+    mesh: Any = None,
 ) -> Loop:
-    """The loop of one student; two teachers or more are reduced by the config."""
+    """The loop of one student, its tasks over the devices.
+
+    Two teachers or more are reduced by the config.
+    """
     moves = {
         "none": perturb.none,
         "gaussian": lambda: perturb.gaussian(config.perturbation_size),
@@ -187,7 +195,7 @@ def build(
     }
     several = config.reduce in ("minmax", "softmax") and len(teachers) > 1
     released = release_settings() if config.setting == "release" else {}
-    return amalgamate(
+    loop = amalgamate(
         optimizee.task,
         student,
         teachers,
@@ -204,13 +212,24 @@ def build(
         remat=config.remat,
         **{**released, **warmup(config)},
     )
+    return over_devices(loop, config, mesh)
+
+
+def over_devices(loop: Loop, config: Training, mesh: Any) -> Loop:
+    """Each device unrolls its share of the tasks, from the same weights."""
+    check_share("--num-tasks", config.num_tasks, mesh)
+    return loop if mesh is None else shard(loop, mesh, config.num_tasks)
 
 
 def trainer(
-    config: Training, optimizee: Optimizee, student: LearnedOptimizer, teachers: dict
+    config: Training,
+    optimizee: Optimizee,
+    student: LearnedOptimizer,
+    teachers: dict,
+    mesh: Any = None,
 ) -> Trainer:
     """Makes the parts of a training; each is compiled when it is first called."""
-    loop = build(config, optimizee, student, teachers)
+    loop = build(config, optimizee, student, teachers, mesh)
     validate = validation_loss(
         optimizee.task,
         student,
@@ -238,6 +257,7 @@ def trainer(
             random_scale=config.random_scale,
             meta_optimizer=meta_optimizer(config),
         )
+        copy = over_devices(copy, config, mesh)
         run = by_turns(loop, copy, config.imitation_probability)
     return Trainer(loop, run, jax.jit(validate), jax.jit(gate))
 
@@ -285,12 +305,12 @@ def train_student(
 
 
 def train_choice(
-    config: Training, optimizee: Optimizee, data: Any, key: jax.Array
+    config: Training, optimizee: Optimizee, data: Any, key: jax.Array, mesh: Any = None
 ) -> Trained:
     """A choice policy over the pool, alone; the recipe of the paper's release."""
     plain: dict[str, Any] = {"perturbation": "none", "input_noise": 0.0}
     alone = dataclasses.replace(config, imitation_probability=0.0, **plain)
-    parts = trainer(alone, optimizee, choice_student(config), {})
+    parts = trainer(alone, optimizee, choice_student(config), {}, mesh)
     how: dict[str, Any] = {"repeat_threshold": 0.9, "stage_reference": "validation"}
     return train_student(
         alone, parts, choice_stages(config), data, key, gated=False, **how

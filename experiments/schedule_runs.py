@@ -39,7 +39,7 @@ from metax.autoloss import (
     running_norm,
 )
 from metax.harness import paired_difference, spread, write_json
-from metax.harness.processes import all_on_host
+from metax.harness.processes import agree, all_on_host
 
 # entries of a feature vector that are made of something, for ablations
 PARTS = {
@@ -140,7 +140,7 @@ def learning_parts(
         config.num_updates,
         mesh,
     )
-    return learn, leader(guided(problem_of, net, seen), config.num_steps)
+    return learn, leader(guided(problem_of, net, seen), config.num_steps, mesh=mesh)
 
 
 def seen_by(config: Any, task: Any = "regression", drop: str = "none") -> Features:
@@ -184,8 +184,13 @@ def loop_of(
     )
 
 
-def leader(build: Build, num_steps: int, *, early_stopping: bool = False) -> Callable:
+def leader(
+    build: Build, num_steps: int, *, early_stopping: bool = False, mesh: Any = None
+) -> Callable:
     """Runs of `build(setting)`, one for each setting and initialisation.
+
+    All runs are spread over the devices; the last one is repeated where they are too
+    few for every device to have as many.
 
     Returns:
       `lead(settings, task_keys [R], key, data) -> Runs`. Settings are a tree with a
@@ -215,7 +220,21 @@ def leader(build: Build, num_steps: int, *, early_stopping: bool = False) -> Cal
             settings, task_keys, keys, data
         )
 
-    return jax.jit(lead)
+    if mesh is None:
+        return jax.jit(lead)
+    each = jax.jit(spread(one, (0, 0, 0, None), mesh))
+
+    def lead_spread(settings: Any, task_keys: jax.Array, key: Any, data: Any) -> Runs:
+        shape = len(jax.tree.leaves(settings)[0]), len(task_keys)
+        num = shape[0] * shape[1]
+        runs = np.minimum(np.arange(num + -num % mesh.size), num - 1)
+        which, number = np.divmod(runs, shape[1])
+        own = jax.tree.map(lambda x: x[which], settings)
+        keys = jax.random.split(key, shape[1])
+        found = all_on_host(each(own, task_keys[number], keys[number], data))
+        return jax.tree.map(lambda x: x[:num].reshape(*shape, *x.shape[1:]), found)
+
+    return lead_spread
 
 
 def learner(
@@ -323,7 +342,7 @@ def cells(folder: Path, names: Sequence[Any], measure: Callable[[Any], Any]) -> 
     found = []
     for name in names:
         path = folder / "cells" / f"{name}.json"
-        if not path.is_file():
+        if agree(not path.is_file()):  # all processes measure, or none
             write_json(path, measure(name))
         found.append(json.loads(path.read_text(encoding="utf-8")))
     return found

@@ -96,7 +96,7 @@ class Config:
     implicit_every: int = 25
     implicit_products: int = 10
     implicit_damping: float = 0.01
-    by_step: bool = False  # no scan, no vmap: for convolutions on a CPU
+    by_step: bool = False  # runs in turn, no scan, no vmap: no faster any more
     num_seeds: int = 2
     seed: int = 0
     data_dir: str | None = None
@@ -219,8 +219,9 @@ def length(config: Config, name: str) -> int:
 
 
 def run_trials(
-    config: Config, data: Any, key: jax.Array, name: str, values: Values, trials: range
-) -> list[dict]:
+    config: Config, data: Any, key: jax.Array, name: str, values: Values, trials: range,
+    mesh: Any,
+) -> list[dict]:  # fmt: skip
     """Trials from all seeds side by side; `values` are [seeds, trials] each."""
     judged = tuning(config, data.train.image[0], name)
     shape = (config.num_seeds, len(trials))
@@ -228,9 +229,8 @@ def run_trials(
     one = lambda setting: build(config, judged, name, setting)
     rows, num = jax.tree.map(np.ravel, settings), length(config, name)
     num //= config.eval_every
-    infos, seconds = run_watched(
-        judged, one, rows, data, key, num, 1, name, by_step=config.by_step
-    )
+    how: dict[str, Any] = {"by_step": config.by_step, "mesh": mesh}
+    infos, seconds = run_watched(judged, one, rows, data, key, num, 1, name, **how)
     fold = lambda x: np.moveaxis(x[0].reshape(num, *shape), 0, -1)
     measured = {n: fold(x) for n, x in judgements(infos).items()}
     moved = infos.steps if name == "implicit_decay" else {}
@@ -244,14 +244,14 @@ def run_trials(
 
 
 def run_search(
-    config: Config, data: TuningData, key: jax.Array, name: str
+    config: Config, data: TuningData, key: jax.Array, name: str, mesh: Any
 ) -> list[dict]:
     """All trials of a method; a seed searches for itself."""
     problem = tuning(config, data.train.image[0], name).problem
     seeds, rng = config.num_seeds, np.random.default_rng(config.seed)
     specs = space(config, problem, name)
     if name.startswith("tpe"):
-        return tpe_search(config, data, key, name, specs)
+        return tpe_search(config, data, key, name, specs, mesh)
     if name.startswith("random"):
         shape = (seeds, config.num_trials)
         values = place(specs, {n: rng.uniform(size=shape) for n in specs})
@@ -259,11 +259,11 @@ def run_search(
         shape = (seeds, 1)
         start = fixed_values(problem, name)
         values = {n: np.full(shape, x) for n, x in start.items()}
-    return run_trials(config, data, key, name, values, range(shape[1]))
+    return run_trials(config, data, key, name, values, range(shape[1]), mesh)
 
 
 def tpe_search(
-    config: Config, data: TuningData, key: jax.Array, name: str, specs: Specs
+    config: Config, data: TuningData, key: jax.Array, name: str, specs: Specs, mesh: Any
 ) -> list[dict]:
     """Optuna's TPE, `TPE_ROUND` trials at once, told their least validation loss."""
     try:
@@ -281,7 +281,7 @@ def tpe_search(
         asked = [[study.ask(units) for _ in trials] for study in studies]
         read = lambda n, asked=asked: [[t.params[n] for t in own] for own in asked]
         values = place(specs, {n: np.array(read(n)) for n in specs})
-        found = run_trials(config, data, key, name, values, trials)
+        found = run_trials(config, data, key, name, values, trials, mesh)
         losses = np.reshape(
             [r["valid_loss"] for r in found], (len(asked), len(trials), -1)
         )
@@ -344,13 +344,15 @@ def report(run: Any, config: Config, seconds: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, presets=PRESETS, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
+    )
     run, begin = create_run(options.out, config), time.perf_counter()
     key_labels, key = jax.random.split(jax.random.key(config.seed))
     data = prepare(config, key_labels)
     finished = {row["method"] for row in read_metrics(run)}
     for name in [name for name in config.methods if name not in finished]:
-        append_metrics(run, run_search(config, data, key, name))
+        append_metrics(run, run_search(config, data, key, name, options.mesh))
     report(run, config, time.perf_counter() - begin)
 
 

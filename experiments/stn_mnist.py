@@ -83,7 +83,7 @@ class Config:
     entropy_weight: float = 1e-3
     train_steps: int = 5
     warmup_steps: int = 100
-    by_step: bool = False  # no scan, no vmap: for convolutions on a CPU
+    by_step: bool = False  # runs in turn, no scan, no vmap: no faster any more
     num_seeds: int = 2
     seed: int = 0
     data_dir: str | None = None

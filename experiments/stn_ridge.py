@@ -38,6 +38,7 @@ from experiments.stn_ridge_loops import (
     tuned,
 )
 from metax.harness import create_run, parse, plot_panels, write_summary
+from metax.harness.processes import all_on_host
 from metax.tasks import RidgeData, diabetes_ridge
 
 
@@ -62,7 +63,7 @@ LEARNED, CORRECTIONS = ("centred, joint", "Delta-STN"), (False, True)
 FROZEN_STEPS, ORACLE_LAMBDAS = 300, (-3.0, 0.0)
 
 
-def largest_rates(config: Config, data: RidgeData) -> list[dict]:
+def largest_rates(config: Config, data: RidgeData, mesh: Any) -> list[dict]:
     """The bound of a quadratic, and between which rates the runs begin to diverge."""
     gram, rows = data.train.x.T @ data.train.x / len(data.train.y), []
     for variant in MEASURED:
@@ -74,7 +75,7 @@ def largest_rates(config: Config, data: RidgeData) -> list[dict]:
             for share in SHARES_OF_BOUND
         ]
         build = lambda v=variant, **s: toy(config, v, **s, warmup_steps=10**9)
-        _, infos = run(config, data, build, settings, FROZEN_STEPS)
+        _, infos = run(config, data, build, settings, FROZEN_STEPS, mesh)
         ends = infos.train_loss[:, -1].reshape(-1, len(LAMBDAS), len(SHARES_OF_BOUND))
         for at, (lam, bound) in enumerate(zip(LAMBDAS, bounds, strict=True)):
             row = {"variant": variant, "lambda": lam, "bound": bound}
@@ -82,11 +83,14 @@ def largest_rates(config: Config, data: RidgeData) -> list[dict]:
     return rows
 
 
-def hypergradients(config: Config, data: RidgeData, small: RidgeData) -> list[dict]:
+def hypergradients(
+    config: Config, data: RidgeData, small: RidgeData, mesh: Any
+) -> list[dict]:
     """Those of Delta-STN, with Φ as learned, beside the implicit and the unrolled."""
     settings, rows = cells(lam=ORACLE_LAMBDAS, sigma=(0.05, config.sigma)), []
     build = lambda **setting: frozen(config, "Delta-STN", **setting)
-    states, _ = run(config, small, build, settings, config.steps)
+    states, _ = run(config, small, build, settings, config.steps, mesh)
+    states = all_on_host(states)
     step = toy(config, "Delta-STN", 0.0).valid_step
     for lam in ORACLE_LAMBDAS:
         learned = {
@@ -100,49 +104,52 @@ def hypergradients(config: Config, data: RidgeData, small: RidgeData) -> list[di
     return rows
 
 
-def intervals(config: Config, data: RidgeData) -> list[dict]:
+def intervals(config: Config, data: RidgeData, mesh: Any) -> list[dict]:
     """Training steps a validation step, at the same number of training steps."""
     rows = []
     for variant, count in itertools.product(ENDS, INTERVALS):
         steps = PER_STEP * config.steps // count
         settings = cells(start=STARTS)
-        found, _ = tuned(config, data, variant, settings, steps, train_steps=count)
+        how: dict[str, Any] = {"train_steps": count}
+        found, _ = tuned(config, data, variant, settings, steps, mesh, **how)
         rows += [{"train_steps": count, "outer_steps": steps, **row} for row in found]
     return rows
 
 
-def outer_rates(config: Config, data: RidgeData) -> list[dict]:
+def outer_rates(config: Config, data: RidgeData, mesh: Any) -> list[dict]:
     """α3 × 1, .3, .1, with RMSprop as published and with its bias corrected."""
     rows = []
     for variant, corrected in itertools.product(ENDS, CORRECTIONS):
         settings = cells(start=STARTS, outer=[0.02 * share for share in SHARES])
         how: dict[str, Any] = {"corrected": corrected}
-        found, _ = tuned(config, data, variant, settings, config.steps, **how)
+        found, _ = tuned(config, data, variant, settings, config.steps, mesh, **how)
         rows += [{"corrected": corrected, **row} for row in found]
     return rows
 
 
-def entropy_weights(config: Config, data: RidgeData) -> list[dict]:
+def entropy_weights(config: Config, data: RidgeData, mesh: Any) -> list[dict]:
     """λ and σ tuned together, the same τ for both ends of the ablation."""
     rows, settings = [], cells(start=STARTS, entropy_weight=WEIGHTS)
     for variant in ENDS:
         how: dict[str, Any] = {"scale_optimizer": optax.adam(0.01)}
-        found, _ = tuned(config, data, variant, settings, config.steps, **how)
+        found, _ = tuned(config, data, variant, settings, config.steps, mesh, **how)
         rows += found
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, options = parse(Config, presets=PRESETS, argv=argv, description=__doc__)
+    config, options = parse(
+        Config, presets=PRESETS, argv=argv, description=__doc__, several_devices=True
+    )
     folder, begin = create_run(options.out, config), time.perf_counter()
-    data = diabetes_ridge()
+    data, mesh = diabetes_ridge(), options.mesh
     small, settings = tables.moments(data), cells(start=STARTS, rate=RATES)
     ablation: list[dict] = []
     courses: dict[str, dict] = {
         f"from {s['start']:g}, inner rate {s['rate']:g}": {} for s in settings
     }
     for variant in ABLATION:
-        rows, lam = tuned(config, small, variant, settings, config.steps)
+        rows, lam = tuned(config, small, variant, settings, config.steps, mesh)
         ablation += rows
         for at, curves in enumerate(courses.values()):
             curves[variant] = lam[:, :, at]
@@ -151,14 +158,14 @@ def main(argv: list[str] | None = None) -> None:
     summary["optimum"] = tables.closed_form("optimum", data)
     gram = data.train.x.T @ data.train.x / len(data.train.y)
     for name, table in {
-        "jacobians": lambda: jacobians(config, small, LEARNED, SIGMAS),
-        "rest_points": lambda: rest_points(config, small, WEIGHTS),
-        "entropy_weights": lambda: entropy_weights(config, small),
+        "jacobians": lambda: jacobians(config, small, LEARNED, SIGMAS, mesh),
+        "rest_points": lambda: rest_points(config, small, WEIGHTS, mesh),
+        "entropy_weights": lambda: entropy_weights(config, small, mesh),
         "condition_numbers": lambda: tables.condition_numbers(gram),
-        "largest_rates": lambda: largest_rates(config, small),
-        "intervals": lambda: intervals(config, small),
-        "outer_rates": lambda: outer_rates(config, small),
-        "hypergradients": lambda: hypergradients(config, data, small),
+        "largest_rates": lambda: largest_rates(config, small, mesh),
+        "intervals": lambda: intervals(config, small, mesh),
+        "outer_rates": lambda: outer_rates(config, small, mesh),
+        "hypergradients": lambda: hypergradients(config, data, small, mesh),
     }.items():
         summary[name] = table()
         print(f"{name}, {time.perf_counter() - begin:.0f} s")

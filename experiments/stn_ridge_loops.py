@@ -15,6 +15,7 @@ import optax
 from experiments import stn_ridge_tables as tables
 from metax import Loop
 from metax.harness import evaluate, grid
+from metax.harness.processes import all_on_host
 from metax.stn import (
     DeltaSTN,
     DenseResponse,
@@ -75,12 +76,14 @@ def cells(**axes: Any) -> list[dict[str, Any]]:
     ]
 
 
-def run(config: Any, data: Any, build: Any, settings: list[dict], steps: int) -> Any:
-    """Last states [seeds, cells] and infos [seeds, steps, cells]."""
+def run(
+    config: Any, data: Any, build: Any, settings: list[dict], steps: int, mesh: Any
+) -> Any:
+    """Last states [seeds, cells] and infos [seeds, steps, cells]; seeds are spread."""
     stacked = {name: np.array([s[name] for s in settings]) for name in settings[0]}
     loop = grid(lambda setting: build(**setting), stacked)
     how: dict[str, Any] = {"num_seeds": config.num_seeds, "chunk": steps}
-    return evaluate(loop, data, jax.random.key(config.seed), steps, **how)
+    return evaluate(loop, data, jax.random.key(config.seed), steps, mesh=mesh, **how)
 
 
 def tuned(
@@ -89,11 +92,12 @@ def tuned(
     variant: str,
     settings: list[dict],
     steps: int,
+    mesh: Any,
     **options: Any,
 ) -> tuple[list[dict], np.ndarray]:
     """A row for each cell and seed, and λ [seeds, steps, cells]."""
     build = lambda **setting: toy(config, variant, **setting, **options)
-    _, infos = run(config, data, build, settings, steps)
+    _, infos = run(config, data, build, settings, steps, mesh)
     sigma = infos.scale["weight_decay"]
     with np.errstate(divide="ignore"):  # a diverging run may leave the decay 0
         lam = np.log(infos.hparams["weight_decay"])
@@ -121,6 +125,7 @@ def jacobians(
     data: RidgeData,
     variants: tuple[str, ...],
     sigmas: tuple[float, ...],
+    mesh: Any,
     lam: float = -2.0,
 ) -> list[dict]:
     """Errors of the learned Φ to the true derivative and to its own closed form."""
@@ -128,7 +133,8 @@ def jacobians(
     error = lambda a, b: np.linalg.norm(a - b, axis=-1) / np.linalg.norm(b)
     for variant in variants:
         build = lambda sigma, v=variant: frozen(config, v, lam, sigma)
-        states, _ = run(config, data, build, cells(sigma=sigmas), config.steps)
+        states, _ = run(config, data, build, cells(sigma=sigmas), config.steps, mesh)
+        states = all_on_host(states)
         found = jax.vmap(jax.vmap(response_jacobian))(states)["weight_decay"]["w"]
         for c, sigma in enumerate(sigmas):
             biased = tables.closed_form("response", data, lam, sigma=sigma)
@@ -142,7 +148,11 @@ def jacobians(
 
 
 def rest_points(
-    config: Any, data: RidgeData, weights: tuple[float, ...], lam: float = -1.06
+    config: Any,
+    data: RidgeData,
+    weights: tuple[float, ...],
+    mesh: Any,
+    lam: float = -1.06,
 ) -> list[dict]:
     """σ with λ held, at the optimum, and Φ exact, beside √(τ / c)."""
     phi = tables.closed_form("response", data, lam)
@@ -159,7 +169,7 @@ def rest_points(
         at_best = jax.tree.map(lambda x: jnp.asarray(x, float), exact)
         return Loop(lambda key: loop.init(key)._replace(**at_best), loop.step)
 
-    _, infos = run(config, data, build, cells(weight=weights), config.steps)
+    _, infos = run(config, data, build, cells(weight=weights), config.steps, mesh)
     sigma = infos.scale["weight_decay"][:, -config.steps // 4 :].mean(1)
     return [
         {"tau": tau, "root": np.sqrt(tau / curvature), "sigma": sigma[:, c]}

@@ -16,15 +16,15 @@ import numpy as np
 from metax import BilevelProblem, Loop
 from metax.harness import (
     append_metrics,
-    long_rows,
     plot_panels,
     read_metrics,
-    train,
+    record_run,
     write_summary,
 )
-from metax.stn import DeltaSTN, best_response, delta_stn, silent_hparams
+from metax.stn import DeltaSTN, best_response, delta_stn
 
 NEVER = 2**30  # training steps
+GREATEST = "greatest_hypergradient."  # of an epoch
 
 
 def fixed(problem: BilevelProblem, **options: Any) -> DeltaSTN:
@@ -38,6 +38,8 @@ def run_missing(
 ) -> None:
     """Runs each method from each seed that `metrics.jsonl` does not hold yet.
 
+    One that was broken off goes on from the last epoch it has saved.
+
     Args:
       run: the folder of the run.
       config: the config; seed s of a run is that of all methods.
@@ -49,23 +51,54 @@ def run_missing(
     for method, seed in itertools.product(config.methods, range(config.num_seeds)):
         if (method, seed) in done:
             continue
-        clock = [time.perf_counter()]  # the first epoch has the compilation in it
-        _, infos = train(
+        part = run / "parts" / f"{method}_{seed}"
+        record_run(
+            part,
             build(config, method, data),
             data,
             jax.random.key(config.seed + seed),
             config.epochs,
             chunk=1,
-            on_chunk=lambda *_, clock=clock: clock.append(time.perf_counter()),
+            rows=epoch_rows(),
+            resume=True,
             check_finite=False,
             progress=f"{method} {seed}",
+            keep=1,
         )
-        last = {f"hparams.{n}": x[:, -1] for n, x in infos.steps.hparams.items()}
-        measured = {**infos.metrics, "seconds": np.diff(clock), **last}
-        constant = {"silent": ", ".join(silent_hparams(infos.steps))}
-        axes = {"epoch": range(1, config.epochs + 1)}
-        rows = long_rows(measured, axes, method=method, seed=seed, **constant)
-        append_metrics(run, rows)
+        rows = whole_rows(read_metrics(part))
+        append_metrics(run, [{"method": method, "seed": seed, **row} for row in rows])
+
+
+def epoch_rows() -> Callable[[int, Any, Any], list[dict[str, Any]]]:
+    """For `record_run`: a row an epoch, with its seconds.
+
+    And of each hyperparameter the greatest hypergradient, NaN where there was none.
+    """
+    clock = [time.perf_counter()]  # the first epoch has the compilation in it
+
+    def rows(epoch: int, state: Any, infos: Any) -> list[dict[str, Any]]:
+        clock.append(time.perf_counter())
+        steps, metrics = infos.steps, infos.metrics.items()
+        greatest = lambda x: np.fmax.reduce(np.abs(x), axis=None)
+        return [{
+            "step": epoch,
+            **{name: x[0] for name, x in metrics},
+            "seconds": clock[-1] - clock[-2],
+            **{f"hparams.{n}": x[0, -1] for n, x in steps.hparams.items()},
+            **{GREATEST + n: greatest(x) for n, x in steps.hypergradient.items()},
+        }]  # fmt: skip
+
+    return rows
+
+
+def whole_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a finished run; "silent" are hyperparameters that nothing moved."""
+    names = [name for name in rows[0] if name.startswith(GREATEST)]
+    greatest = {n: np.fmax.reduce([row.pop(n) for row in rows]) for n in names}
+    silent = sorted(n.removeprefix(GREATEST) for n in names if greatest[n] == 0)
+    return [
+        {"silent": ", ".join(silent), "epoch": row.pop("step"), **row} for row in rows
+    ]
 
 
 def report(run: Path, config: Any, judged: Sequence[str], seconds: float) -> None:

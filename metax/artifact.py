@@ -58,7 +58,8 @@ def write_arrays(
         "sidecar_sha256".
 
     Raises:
-      ArtifactError: a leaf is no array, two have one name, or the sidecar is not JSON.
+      ArtifactError: a leaf is no array, two have one name, the sidecar is not JSON, or
+        the files cannot be written.
     """
     weights_file, sidecar_file = _files(path)
     taken = [name for name in OURS if name in sidecar]
@@ -82,9 +83,16 @@ def write_arrays(
             f"`write_arrays(sidecar=...)` must hold finite JSON values; got {error} "
             f"for {sidecar_file}."
         ) from error
-    weights_file.parent.mkdir(parents=True, exist_ok=True)
-    _replace(weights_file, content)
-    _replace(sidecar_file, text.encode())
+    try:
+        weights_file.parent.mkdir(parents=True, exist_ok=True)
+        _replace(weights_file, content)
+        _replace(sidecar_file, text.encode())
+    except OSError as error:
+        raise ArtifactError(
+            f"`write_arrays(path={os.fspath(path)!r})` must lead to a folder with room "
+            f"that can be written; got {error.strerror or error}. Make room, or choose "
+            "another path."
+        ) from error
 
 
 def seal(card: Mapping[str, Any]) -> str:

@@ -5,13 +5,16 @@
 COUNT processes share the devices. A PHASE, in turn:
 
     run:FOLDER:STEPS     goes on with a run up to STEPS, prints the digest of its state
+    files:FOLDER         all write the same files, the first one late
     full:FOLDER          the first process finds its disk full when it saves
     signal:FOLDER        the last process gets SIGTERM in the second step
 """
 
+import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -26,9 +29,11 @@ from metax.harness import (
     StorageError,
     append_metrics,
     create_run,
+    read_metrics,
     record_run,
     replicate,
     save_checkpoint,
+    write_json,
 )
 from metax.harness.processes import all_on_host, wait_for_all
 from tests.test_loops import digest
@@ -76,6 +81,22 @@ def run(folder: str, num_steps: int, rows=rows) -> None:
     print(digest(all_on_host(state)), flush=True)
 
 
+def write_files(folder: str) -> None:
+    """Each process offers its number, and reads at once what was written."""
+    rank, run = jax.process_index(), create_run(folder, {"rate": 0.1})
+    if rank == 0:
+        time.sleep(1)
+    write_json(run / "cell.json", {"rank": rank})
+    append_metrics(run, [{"step": 1, "rank": rank}])
+    cell, rows = (run / "cell.json").read_text(), read_metrics(run)
+    if rank == 0:
+        (run / "closed.json").mkdir()  # where no file can be put
+    try:
+        write_json(run / "closed.json", {})
+    except StorageError as error:
+        print(json.loads(cell), rows, error.strerror, flush=True)
+
+
 def fill_the_disk(folder: str) -> None:
     """What the first process cannot write all are told of."""
     full = OSError(28, "No space left on device") if jax.process_index() == 0 else None
@@ -111,7 +132,9 @@ def main(port: str, rank: int, count: int, phases: list[str]) -> None:
         if name == "run":
             run(folder, int(steps[0]))
         else:
-            {"full": fill_the_disk, "signal": get_a_signal}[name](folder)
+            {"files": write_files, "full": fill_the_disk, "signal": get_a_signal}[name](
+                folder
+            )
 
 
 if __name__ == "__main__":

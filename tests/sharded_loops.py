@@ -6,6 +6,9 @@ device is another program: XLA's products of 2 and of 16 columns are different c
 programs for several devices go through other passes. There the last bits may differ;
 for each loop is printed whether they do.
 
+The devices themselves are alike: the program of one device gives a share the same bits
+on each, so it is the compiler that makes the difference, and not where something runs.
+
 After that the two loops with an axis within a step, of eight rollouts and eight tasks.
 """
 
@@ -64,6 +67,21 @@ def two_by_two(loop: Loop, data):
         parts.append(jax.device_get(part))
     states, infos = zip(*parts, strict=True)
     return joined(0, states), joined(1, infos)
+
+
+def alone(loop: Loop, data, device):
+    """The last share by itself, by the program of one device."""
+    mine = slice(NUM_SEEDS - NUM_SEEDS // NUM_DEVICES, NUM_SEEDS)
+    split = jax.vmap(lambda key: jax.random.split(key, NUM_SEEDS)[mine])
+    step = jax.vmap(loop.step, (0, 0, None))
+    walk = jax.jit(
+        lambda state, keys, data: jax.lax.scan(
+            lambda state, key: step(state, key, data), state, keys
+        )
+    )
+    key_init, key_steps, data = jax.device_put((*keys(), data), device)
+    state = jax.jit(jax.vmap(loop.init))(split(key_init[None])[0])
+    return jax.device_get(walk(state, split(key_steps), data))
 
 
 def joined(axis, trees):
@@ -125,6 +143,8 @@ def main() -> None:
         assert leaf.addressable_shards[0].data.shape[0] == NUM_SEEDS // NUM_DEVICES
         found = jax.device_get(found)
         check(name, two_by_two(loop, data), found, rtol=0)
+        first, *_, last = jax.devices()
+        check(name, alone(loop, data, first), alone(loop, data, last), rtol=0)
         whole = jax.device_get(run(replicate(loop, NUM_SEEDS), data))
         check(name, whole, found, rtol=1e-10)
         same = jax.tree.map(np.array_equal, whole, found)

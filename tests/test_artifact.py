@@ -1,7 +1,9 @@
 """Artefacts come back bit for bit, or not at all and with a reason."""
 
+import errno
 import hashlib
 import json
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -200,6 +202,18 @@ def test_what_cannot_be_written_leaves_no_file(tmp_path, tree, sidecar, words):
         write_arrays(tmp_path / "x", tree, schema=SCHEMA, sidecar=sidecar)
     assert words in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_disk_that_refuses_is_told_with_the_path(tmp_path, monkeypatch, full):
+    (tmp_path / "closed").touch()  # a file, where a folder would have to be
+    path = tmp_path / ("x" if full else "closed/x")
+    if full:
+        error = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr("os.fsync", mock.Mock(side_effect=error))
+    with pytest.raises(ArtifactError, match=r"write_arrays\(path=.*/x'\)` must"):
+        write_arrays(path, {"w": jnp.ones(2)}, schema=SCHEMA, sidecar={})
+    assert [file.name for file in tmp_path.iterdir()] == ["closed"]
 
 
 def test_leaves_are_named_by_their_paths():

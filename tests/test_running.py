@@ -32,5 +32,17 @@ def test_what_needs_a_cluster_is_python_at_least(source):
     compile(source, "running.md", "exec")
 
 
+def test_the_page_names_the_scripts_that_make_one_run_after_the_other():
+    scripts = (Path(__file__).parents[1] / "experiments").glob("*.py")
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in scripts}
+    alone = {
+        name
+        for name, text in texts.items()
+        if " parse(" in text and "several_devices=True" not in text
+    }
+    (named,) = re.findall(r"and refuse: (.*?)\.", PAGE, flags=re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", named)) == alone
+
+
 def test_the_page_is_short():
-    assert len(PAGE.splitlines()) < 150
+    assert len(PAGE.splitlines()) < 160

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metax.harness.files import StorageError, storing, sync_folder
+from metax.harness.files import sync_folder, together
 from metax.harness.manifest import (
     CheckpointCorruptError,
     check_files,
@@ -35,7 +35,7 @@ from metax.harness.manifest import (
     read_manifest,
     write_manifest,
 )
-from metax.harness.processes import agree, is_first, is_here, wait_for_all, whole
+from metax.harness.processes import is_first, is_here, wait_for_all, whole
 from metax.harness.retention import clear, numbered, prune, unfinished
 
 __all__ = ["begin_save", "restore_checkpoint", "save_checkpoint"]
@@ -121,7 +121,7 @@ def begin_save(
     }
 
     def finish() -> Path:
-        with _together(path):
+        with _leaving_nothing(path):
             _write(path, step, leaves, config_hash)
             if keep is not None and is_first():
                 prune(path.parent, keep)
@@ -196,19 +196,15 @@ def restore_checkpoint(
 
 
 @contextlib.contextmanager
-def _together(path: Path) -> Iterator[None]:
+def _leaving_nothing(path: Path) -> Iterator[None]:
     """What fails to write `path` in one process fails in all, and leaves nothing."""
-    failure: OSError | None = None
-    try:
-        with storing(path):
+    with together(path):
+        try:
             yield
-    except OSError as error:
-        failure = error
-        if is_first():
-            shutil.rmtree(unfinished(path), ignore_errors=True)
-    if agree(failure is not None):
-        reason = "another process could not write its part"
-        raise failure or StorageError(errno.EIO, reason, str(path))
+        except OSError:
+            if is_first():
+                shutil.rmtree(unfinished(path), ignore_errors=True)
+            raise
 
 
 def _write(

@@ -136,8 +136,9 @@ def _start(
         return
     if not several_devices:
         parser.error(
-            "--devices and --distributed: this script runs on one device, one run "
-            "after the other"
+            "--devices and --distributed: this script makes its runs one after the "
+            "other, each of them on one device, and has nothing to divide. Start it "
+            "several times with other flags and another --out, each on a device"
         )
     if command.distributed and command.out is None and command.resume is None:
         parser.error("--distributed needs --out DIR, the same folder for every process")

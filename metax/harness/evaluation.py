@@ -24,6 +24,7 @@ from metax.arguments import check_has
 from metax.base import Loop, LoopLike, check_key
 from metax.harness.freezing import freeze as frozen_loop
 from metax.harness.parallel import (
+    check_mesh,
     check_share,
     put_everywhere,
     spread,
@@ -57,6 +58,7 @@ def replicate(loop: LoopLike, num_seeds: int, *, mesh: Mesh | None = None) -> Lo
             f"`replicate(num_seeds=...)` must be at least 1; got {num_seeds}."
         )
 
+    check_mesh("replicate", mesh)
     check_share("replicate(num_seeds=...)", num_seeds, mesh)
     init_each = spread(loop.init, (0,), mesh)
     step_each = spread(loop.step, (0, 0, None), mesh)
@@ -103,6 +105,7 @@ def grid(
       ([0.125, 8.0], (3, 2))
     """
     settings = jax.tree.map(jnp.asarray, settings)
+    check_mesh("grid", mesh)
     check_share("grid(settings=...)", _check_settings(settings, "grid"), mesh)
 
     def init_one(setting: Any, key: jax.Array) -> Any:
@@ -236,11 +239,12 @@ def evaluate_in_turn(
 
     A step is a jitted function that the host calls, neither scanned nor vmapped, and
     compiled once for all runs. For steps of many milliseconds that XLA slows down in a
-    loop, as it does the gradients of convolutions on a CPU. Keys are those of
-    `evaluate`, so the infos are the same up to rounding; no run is frozen.
+    loop, as it does the gradients of its own convolutions on a CPU (not of those of
+    `metax.tasks`). Keys are those of `evaluate`, so the infos are the same up to
+    rounding; no run is frozen.
 
     Args:
-      build: as in `grid`; its steps should not scan over convolutions either.
+      build: as in `grid`; its steps should not scan over what is slow in a loop either.
       settings: as in `grid`.
       data: handed to every step and to `judge`.
       key: one typed key for all runs.

@@ -1,4 +1,8 @@
-"""Writing files so that a reader never meets the half of one."""
+"""Writing files so that a reader never meets the half of one.
+
+Of several processes that run one program all call what writes, the first alone does,
+and each goes on when the file is there to be read.
+"""
 
 import contextlib
 import dataclasses
@@ -14,6 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from metax.harness.processes import agree, is_first
+
 __all__ = [
     "StorageError",
     "dump_json",
@@ -22,7 +28,9 @@ __all__ = [
     "replacing",
     "storing",
     "sync_folder",
+    "together",
     "write_json",
+    "write_text",
 ]
 
 
@@ -44,6 +52,9 @@ class StorageError(OSError):
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes `value` as JSON in one act: the file is the old one or the new one.
 
+    With several processes all of them call it; the first writes, and when it returns
+    all can read.
+
     Args:
       path: the file.
       value: JSON values, numpy or jax arrays and scalars, dataclasses, NamedTuples (as
@@ -52,21 +63,42 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     Raises:
       StorageError: the disk is full, or the folder cannot be written.
     """
+    text = dump_json(value, indent=2) + "\n"
+    with together(path):
+        if is_first():
+            write_text(path, text)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a file in one act, whichever process this is.
+
+    Args:
+      path: the file.
+      text: what it shall hold.
+
+    Raises:
+      StorageError: the disk is full, or the folder cannot be written.
+    """
     with replacing(path) as temporary:
-        temporary.write_text(dump_json(value, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
-def dump_json(value: Any, indent: int | None = None) -> str:
+def dump_json(value: Any, indent: int | None = None, *, strict: bool = False) -> str:
     """Writes out `value`, whatever a run may want to record, as JSON.
 
     Args:
       value: as in `write_json`.
       indent: spaces a level; None for a single line.
+      strict: refuse numbers that are not finite, instead of making them null.
 
     Returns:
       The text, without a newline at its end.
+
+    Raises:
+      TypeError: it holds something else.
+      ValueError: it is `strict`, and met such a number.
     """
-    return json.dumps(_plain(value), indent=indent, allow_nan=False)
+    return json.dumps(_plain(value, strict), indent=indent, allow_nan=False)
 
 
 def make_folder(directory: str | os.PathLike, argument: str) -> Path:
@@ -113,6 +145,27 @@ def storing(path: str | os.PathLike) -> Iterator[None]:
         number = error.errno or errno.EIO
         reason = error.strerror or str(error)
         raise StorageError(number, reason, os.fspath(path)) from error
+
+
+@contextlib.contextmanager
+def together(path: str | os.PathLike) -> Iterator[None]:
+    """What one process cannot write fails in all; they leave the block as one.
+
+    Args:
+      path: what is written, the same in every process.
+
+    Raises:
+      StorageError: here or in another process.
+    """
+    failure: StorageError | None = None
+    try:
+        with storing(path):
+            yield
+    except StorageError as error:
+        failure = error
+    if agree(failure is not None):
+        reason = "another process could not write its part"
+        raise failure or StorageError(errno.EIO, reason, os.fspath(path))
 
 
 def sync_folder(folder: str | os.PathLike) -> None:
@@ -171,17 +224,17 @@ def named_parts(value: Any) -> dict[Any, Any] | None:
     return dict(value) if isinstance(value, Mapping) else None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, strict: bool) -> Any:
     """The JSON value of what a run may want to record."""
     named = named_parts(value)
     if named is not None:
-        return {str(name): _plain(item) for name, item in named.items()}
+        return {str(name): _plain(item, strict) for name, item in named.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, strict) for item in value]
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        return _plain(np.asarray(value).tolist())
+        return _plain(np.asarray(value).tolist(), strict)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if isinstance(value, float):
+    if isinstance(value, float) and not strict:
         return value if math.isfinite(value) else None
     return value

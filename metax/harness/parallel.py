@@ -20,10 +20,11 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from metax.arguments import check_count, check_has
+from metax.arguments import check_count, check_has, refuse
 from metax.base import Loop, LoopLike
 
 __all__ = [
+    "check_mesh",
     "check_share",
     "device_mesh",
     "put_everywhere",
@@ -84,6 +85,10 @@ def spread(
       The function of the batched arguments, whose results are spread as well. It raises
       ValueError where the devices do not divide the axis.
 
+    Raises:
+      ValueError: `fn` cannot be called, `in_axes` holds something else, or `mesh` is
+        neither a mesh nor None.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from metax.harness import device_mesh, spread
@@ -91,6 +96,7 @@ def spread(
       >>> jax.jit(add)(jnp.arange(3), 10).tolist()
       [10, 11, 12]
     """
+    _check_spread(fn, in_axes, mesh)
     mapped = jax.vmap(fn, tuple(in_axes))
     if mesh is None:
         return mapped
@@ -108,6 +114,30 @@ def spread(
         return on_devices(*args)
 
     return run
+
+
+def _check_spread(fn: Any, in_axes: Any, mesh: Any) -> None:
+    check_mesh("spread", mesh)
+    if not callable(fn):
+        refuse("spread", "fn", "must be a function", repr(fn))
+    if not isinstance(in_axes, Sequence) or 0 not in in_axes or {*in_axes} - {0, None}:
+        rule = "must be 0, for one argument at least, or None for each of them"
+        refuse("spread", "in_axes", rule, in_axes)
+
+
+def check_mesh(function: str, mesh: Any) -> None:
+    """Refuses what is no mesh; None stands for one device.
+
+    Args:
+      function: the public name that was called.
+      mesh: what the caller passed.
+
+    Raises:
+      ValueError: naming function and argument.
+    """
+    if mesh is not None:
+        what = "a mesh, of `device_mesh()`"
+        check_has(function, "mesh", mesh, what, "axis_names", "shape")
 
 
 def check_share(argument: str, size: int, mesh: Mesh | None) -> None:
@@ -213,7 +243,11 @@ def put_everywhere(data: Any, mesh: Mesh | None) -> Any:
 
     Returns:
       The same tree, for `train` or `record_run`.
+
+    Raises:
+      ValueError: `mesh` is neither a mesh nor None.
     """
+    check_mesh("put_everywhere", mesh)
     if mesh is None or mesh.is_multi_process:
         return data
     return jax.device_put(data, NamedSharding(mesh, P()))

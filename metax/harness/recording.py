@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from metax.arguments import refuse
 from metax.base import LoopLike, check_key
 from metax.harness.checkpoint import begin_save, restore_checkpoint
 from metax.harness.files import make_folder
@@ -149,12 +150,18 @@ def mean_rows(step: int, state: Any, infos: Any) -> list[dict[str, Any]]:
 
     Returns:
       A list of one dict, of `step` and the means by their names in the infos.
+
+    Raises:
+      ValueError: the infos have no such scalar, so that nothing would be recorded.
     """
     row: dict[str, Any] = {"step": step}
     for path, leaf in jax.tree_util.tree_leaves_with_path(infos):
         if leaf.ndim == 1 and jnp.issubdtype(leaf.dtype, jnp.floating):
             name = jax.tree_util.keystr(path, simple=True, separator=".") or "info"
             row[name] = float(leaf.astype(np.float64).mean())
+    if len(row) == 1:
+        rule = "must have a floating scalar a step (else give `rows`, which may be [])"
+        refuse("mean_rows", "infos", rule, jax.tree.structure(infos))
     return [row]
 
 

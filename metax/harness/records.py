@@ -6,7 +6,8 @@
 
 JSON has neither NaN nor infinity: both are written as null, and `read_metrics` reads
 null as NaN. Whole files are replaced in one act, so a reader never meets a half of one.
-Of several processes that run one program the first alone writes.
+Of several processes that run one program all call these functions: the first alone
+writes, and the others go on when it has.
 """
 
 import hashlib
@@ -25,15 +26,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from metax.arguments import check_count, refuse
 from metax.harness.files import (
     dump_json,
     make_folder,
     named_parts,
-    replacing,
-    storing,
+    together,
     write_json,
+    write_text,
 )
-from metax.harness.processes import is_first, wait_for_all
+from metax.harness.processes import is_first
 
 __all__ = [
     "append_metrics",
@@ -70,9 +72,10 @@ def create_run(directory: str | os.PathLike, config: Any) -> Path:
     """
     config = _plain_config(config)
     folder = make_folder(directory, "create_run(directory=...)")
-    if is_first() and not (folder / "config.json").exists():
-        write_json(folder / "config.json", config)
-    wait_for_all("metax: config of a run")
+    path = folder / "config.json"
+    with together(path):
+        if is_first() and not path.exists():
+            write_text(path, dump_json(config, indent=2) + "\n")
     stored = read_config(folder)
     differing = {
         name: (stored.get(name), config.get(name))
@@ -125,6 +128,10 @@ def hash_config(config: Any) -> str:
     Returns:
       The sha256, in hexadecimal digits, of its JSON with sorted names.
 
+    Raises:
+      ValueError: it is none of these, or holds a number that is not finite, which JSON
+        has not.
+
     Example:
       >>> from metax.harness import hash_config
       >>> hash_config({"rate": 0.1, "widths": (4, 2)})[:8]
@@ -132,7 +139,7 @@ def hash_config(config: Any) -> str:
       >>> hash_config({"widths": [4, 2], "rate": 0.1})[:8]
       '643b2437'
     """
-    plain = json.loads(dump_json(config))
+    plain = _strict_json(config)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -188,14 +195,14 @@ def append_metrics(run: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) ->
     Raises:
       StorageError: the disk is full, or the file cannot be written.
     """
-    if not is_first():
-        return
     text = "".join(dump_json(row) + "\n" for row in rows)
     path = Path(run) / "metrics.jsonl"
-    with storing(path), path.open("a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    with together(path):
+        if is_first():
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def read_metrics(run: str | os.PathLike) -> list[dict[str, Any]]:
@@ -230,15 +237,14 @@ def trim_metrics(run: str | os.PathLike, step: int) -> None:
       step: the number of steps done, that of the checkpoint.
 
     Raises:
-      ValueError: a line but the last is no JSON.
+      ValueError: `step` is negative, or a line but the last is no JSON.
       StorageError: the disk is full, or the file cannot be written.
     """
+    check_count("trim_metrics", 0, step=step)
     kept = [row for row in read_metrics(run) if row.get("step", step) <= step]
     path = Path(run) / "metrics.jsonl"
     if is_first() and path.exists():
-        with replacing(path) as temporary:
-            text = "".join(dump_json(row) + "\n" for row in kept)
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, "".join(dump_json(row) + "\n" for row in kept))
 
 
 def write_summary(
@@ -273,8 +279,7 @@ def write_summary(
             f"`write_summary(summary=...)` must not have the names {taken}, which are "
             "added here; rename them."
         )
-    if is_first():
-        write_json(Path(run) / "summary.json", {**summary, **added})
+    write_json(Path(run) / "summary.json", {**summary, **added})
 
 
 def versions() -> dict[str, str | None]:
@@ -329,6 +334,17 @@ def _plain_config(config: Any) -> dict[str, Any]:
                 f"them (None for no limit); got {name}={value!r}."
             )
     return json.loads(dump_json(named))
+
+
+def _strict_json(config: Any) -> Any:
+    """The JSON of a config, where no number was turned into a null."""
+    what = "a dataclass, NamedTuple or mapping of finite JSON values"
+    if named_parts(config) is None:
+        refuse("hash_config", "config", f"must be {what}", type(config).__name__)
+    try:
+        return json.loads(dump_json(config, strict=True))
+    except (TypeError, ValueError) as error:
+        refuse("hash_config", "config", f"must be {what}", f"{config!r}: {error}")
 
 
 def _is_plain(value: Any) -> bool:

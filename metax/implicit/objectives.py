@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from metax.arguments import check_has
+from metax.arguments import check_has, refuse
 from metax.base import Batch, BilevelProblem, Hparams, Outputs, Params
 
 __all__ = [
     "check_hparams",
+    "check_params",
     "merge",
     "partition",
     "per_example",
@@ -35,6 +36,8 @@ def check_hparams(
     fields = ("predict", "train_loss", "valid_loss", "hparams")
     check_has(function, "problem", problem, "a `BilevelProblem`", *fields)
     specs = problem.hparams
+    if not isinstance(hparams, Mapping):
+        refuse(function, "hparams", "must be a mapping of names to values", hparams)
     if set(hparams) != set(specs) or not specs:
         raise ValueError(
             f"`{function}(hparams=...)` must have the names of `problem.hparams`, at "
@@ -57,6 +60,32 @@ def check_hparams(
             )
         values[name] = value.astype(jnp.result_type(value, float))
     return values
+
+
+def check_params(function: str, problem: BilevelProblem, params: Params) -> None:
+    """Refuses weights that are not those of the problem, but for their dtypes.
+
+    Raises:
+      ValueError: leaves are missing, too many, or of another shape.
+    """
+    wanted = _shapes(jax.eval_shape(problem.init, jax.random.key(0)))
+    found = _shapes(params)
+    differing = [
+        name
+        for name in sorted(wanted.keys() | found.keys())
+        if wanted.get(name) != found.get(name)
+    ]
+    if differing:
+        show = lambda shapes: {name: shapes.get(name) for name in differing[:3]}
+        rule = f"must have the leaves and shapes of `problem.init`: {show(wanted)}"
+        refuse(function, "params", rule, show(found))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path): jnp.shape(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def partition(tree: Any) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from metax.base import Batch, BilevelProblem, Hparams, Params, check_key
 from metax.implicit.linear_solve import conjugate_gradient, neumann_series
 from metax.implicit.objectives import (
     check_hparams,
+    check_params,
     merge,
     partition,
     per_example,
@@ -100,8 +101,8 @@ def implicit_hypergradient(
       unconstrained coordinate u multiply by dx/du.
 
     Raises:
-      ValueError: names or shapes of `hparams` are not the problem's, a hyperparameter
-        is discrete, or an argument is out of range.
+      ValueError: names or shapes of `hparams` or `params` are not the problem's, a
+        hyperparameter is discrete, or an argument is out of range.
 
     Example:
       >>> import jax.numpy as jnp
@@ -133,6 +134,7 @@ def implicit_hypergradient(
     """
     _check(key, solver, iterations, damping, step_size, curvature)
     values = check_hparams("implicit_hypergradient", problem, hparams)
+    check_params("implicit_hypergradient", problem, params)
     check_length("implicit_hypergradient", "train_batch", train_batch)
     check_length("implicit_hypergradient", "valid_batch", valid_batch)
     floats, rest = partition(params)

@@ -10,6 +10,7 @@ from metax.arguments import check_rule
 from metax.base import BilevelProblem, Data, Hparams, InnerState, Params, check_key
 from metax.implicit.objectives import (
     check_hparams,
+    check_params,
     merge,
     partition,
     per_example,
@@ -66,8 +67,9 @@ def unrolled_hypergradient(
       dL_V/dx of each natural value x, of its shape, and the last parameters.
 
     Raises:
-      ValueError: names or shapes of `hparams` are not the problem's, a hyperparameter
-        is discrete, `steps` or `truncation` is out of range, or the key is raw.
+      ValueError: names or shapes of `hparams` or `params` are not the problem's, a
+        hyperparameter is discrete, `steps` or `truncation` is out of range, or the key
+        is raw.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -100,6 +102,7 @@ def unrolled_hypergradient(
     """
     check_key(key, "unrolled_hypergradient(key=...)")
     values = check_hparams("unrolled_hypergradient", problem, hparams)
+    check_params("unrolled_hypergradient", problem, params)
     check_rule("unrolled_hypergradient", "inner_optimizer", inner_optimizer)
     kept = _check_steps(steps, truncation)
     key_train, key_valid = jax.random.split(key)

@@ -22,6 +22,7 @@ from experiments import (
     sections_autoloss,
 )
 from metax.autoloss import bernoulli
+from metax.harness import device_mesh
 from metax.tasks import regression, task_data
 
 LEARNING = {
@@ -156,6 +157,9 @@ def test_runs_of_every_setting_begin_with_the_same_parameters():
     assert weights.shape == (2, 3, 2)
     np.testing.assert_array_equal(weights[0], weights[1])
     assert len({x.tobytes() for x in weights[0]}) == 3
+    spread = schedule_runs.leader(build, 10, mesh=device_mesh(1))
+    same = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5)  # float32
+    jax.tree.map(same, spread(lams, task_keys, jax.random.key(1), search), runs)
     score = schedule_runs.scorer(build(0.1)[0], "test_excess")
     one = jax.tree.map(lambda x: x[1, 2], runs.params)
     worth = score(runs.params, data)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 from typing import NamedTuple
 
 import jax
@@ -10,8 +11,15 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import prepare_data, sections_large, stn_cifar, stn_ptb
+from experiments import (
+    prepare_data,
+    sections_large,
+    stn_cifar,
+    stn_ptb,
+    tuning_runs,
+)
 from metax import BilevelProblem, Hyperparameter, Loop, squared_norm, unroll
+from metax.harness import read_metrics
 from metax.hypergradient import sgd_hd
 from metax.stn import DeltaSTN, delta_stn, natural_hparams
 from metax.tasks import Split, TuningData
@@ -154,18 +162,54 @@ def test_hypergradient_descent_is_an_inner_optimizer_of_delta_stn(beta):
     assert (abs(decay - 1) < 0.2) == (beta > 0)
 
 
-def test_text_leaves_a_table_and_its_section(tmp_path, capsys):
+def test_text_goes_on_within_a_run_and_leaves_a_table_and_its_section(
+    tmp_path, capsys, monkeypatch
+):
     """With fixed hyperparameters, which stay where they are."""
-    run = tmp_path / "run"
-    stn_ptb.main([*flags(TEXT, out=run), "--methods", "fixed"])
+    run, record = tmp_path / "run", tuning_runs.record_run
+
+    def broken_off(part, loop, data, key, epochs, **how):
+        record(part, loop, data, key, epochs - 1, **how)
+        raise KeyboardInterrupt
+
+    argv = [*flags(TEXT, out=run), "--methods", "fixed"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning_runs, "record_run", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            stn_ptb.main(argv)
+    assert not read_metrics(run)
+    (done,) = read_metrics(run / "parts" / "fixed_0")
+    stn_ptb.main(["--resume", str(run)])
     summary = summary_of(run)
     first, last = summary["rows"]
+    assert first["seconds"] == done["seconds"]  # of the first epoch, not made again
     assert first["hparams.output_dropout"] == pytest.approx(0.05)
     assert last["hparams.output_dropout"] == first["hparams.output_dropout"]
     assert last["train_loss"] < first["train_loss"]
     assert np.isfinite(last["test_perplexity"])
     assert "test_perplexity" in capsys.readouterr().out
     assert "smoke run" in "\n".join(sections_large.text(summary))
+
+
+def test_a_run_is_silent_where_no_epoch_has_a_hypergradient():
+    def epoch(step, **gradients):
+        hparams = {name: np.full((1, 2), 0.5) for name in gradients}
+        found = {name: np.array([x]) for name, x in gradients.items()}
+        steps = types.SimpleNamespace(hparams=hparams, hypergradient=found)
+        infos = types.SimpleNamespace(steps=steps, metrics={"loss": np.ones(1)})
+        return tuning_runs.epoch_rows()(step, None, infos)[0]
+
+    nan = np.nan
+    rows = tuning_runs.whole_rows([
+        epoch(1, moved=[nan, nan], silent=[nan, nan], unknown=[nan, nan], late=[0, 0]),
+        epoch(2, moved=[nan, -0.1], silent=[nan, 0], unknown=[nan, nan], late=[0, 2]),
+    ])  # fmt: skip
+    assert [row["silent"] for row in rows] == ["silent"] * 2
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert rows[0].keys() == {
+        "silent", "epoch", "loss", "seconds",
+        *(f"hparams.{name}" for name in ("moved", "silent", "unknown", "late")),
+    }  # fmt: skip
 
 
 def test_segments_come_in_the_order_of_the_text_and_again():

@@ -124,7 +124,7 @@ def test_config_types_that_cannot_work_are_refused():
 
 def test_devices_of_scripts_that_do_not_spread_are_refused(capsys):
     for flags in (["--devices", "2"], ["--distributed"], ["--devices", "0"]):
-        assert "runs on one device" in fails(capsys, *flags)
+        assert "has nothing to divide" in fails(capsys, *flags)
     options = parse(Config, argv=["--devices", "1"])[1]
     assert (options.devices, options.distributed, options.mesh) == (1, False, None)
 

@@ -77,6 +77,17 @@ def test_checkpoints_go_between_one_process_and_two(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_first_process_writes_and_the_others_read_what_it_wrote(tmp_path):
+    said, codes, results = start(2, f"files:{tmp_path / 'run'}")
+    assert codes == [0, 0], results
+    for line, reason in zip(
+        (said[0][0], said[1][0]), ("Is a directory", "another process"), strict=True
+    ):
+        assert line.startswith("{'rank': 0} [{'step': 1, 'rank': 0}]")
+        assert reason in line
+
+
+@pytest.mark.slow
 def test_what_one_process_meets_all_are_told(tmp_path):
     (tmp_path / "full").mkdir()
     said, codes, results = start(

@@ -13,6 +13,7 @@ from tests.inputs.cases import ABSENT, KEY, NAN, RAW, case, counts, numbers, row
 LEVEL = numbers("level", bad=(NAN, 0.0, 1.0))
 LOOPS = (("loop", None), ("loop", TASK))
 MESH = harness.device_mesh()
+NO_MESH = (("mesh", 8), ("mesh", "device"))
 STEPS = (*counts("num_steps", "chunk"), ("key", RAW))
 BUILD = lambda rate: inner_loop(TASK, sgd_hd(rate, 0.01))
 SETTINGS = (
@@ -25,6 +26,12 @@ TAKEN = dataclasses.make_dataclass("Taken", [("out", int, 1)], frozen=True)
 FINE = dataclasses.make_dataclass("Fine", [("steps", int, 1)], frozen=True)
 
 TABLE = {
+    "harness.append_metrics": case(
+        harness.append_metrics,
+        {"run": ABSENT, "rows": [{"step": 1}]},
+        ("run", ABSENT, str(ABSENT / "metrics.jsonl"), "--out"),
+        runs=False,
+    ),
     "harness.bootstrap_interval": case(
         harness.bootstrap_interval,
         {"values": rows(5), "num_resamples": 10},
@@ -48,6 +55,7 @@ TABLE = {
         *STEPS,
         *LOOPS,
         *counts("num_seeds"),
+        *NO_MESH,
         named=("train", "replicate"),
         runs=False,
     ),
@@ -70,7 +78,19 @@ TABLE = {
         runs=False,
     ),
     "harness.grid": case(
-        harness.grid, {"build": BUILD, "settings": jnp.array([0.1])}, *SETTINGS
+        harness.grid,
+        {"build": BUILD, "settings": jnp.array([0.1])},
+        *SETTINGS,
+        *NO_MESH,
+    ),
+    "harness.hash_config": case(
+        harness.hash_config,
+        {"config": {"rate": 0.1, "widths": [1, 2], "more": {"name": None}}},
+        ("config", {"rate": NAN}),
+        ("config", {"rates": [1.0, float("inf")]}),
+        ("config", {"rate": np.float32(NAN)}),
+        ("config", {"loop": LOOP.step}),
+        ("config", 0.1),
     ),
     "harness.host_unroll": case(harness.host_unroll, {"loop": LOOP}, ("loop", None)),
     "harness.iqm": case(
@@ -89,6 +109,12 @@ TABLE = {
         ("values", [1.0]),
         ("values", [1.0, NAN]),
         *LEVEL,
+    ),
+    "harness.mean_rows": case(
+        harness.mean_rows,
+        {"step": 2, "state": None, "infos": {"loss": rows(2)}},
+        ("infos", {}),
+        ("infos", {"loss": rows(2, 3), "count": np.arange(2)}),
     ),
     "harness.mixed_effects": case(
         harness.mixed_effects,
@@ -137,6 +163,9 @@ TABLE = {
         *counts("num_columns"),
         runs=False,
     ),
+    "harness.put_everywhere": case(
+        harness.put_everywhere, {"data": DATA, "mesh": None}, *NO_MESH
+    ),
     "harness.read_config": case(
         harness.read_config, {"run": ABSENT}, ("run", ABSENT, str(ABSENT)), runs=False
     ),
@@ -148,7 +177,11 @@ TABLE = {
         runs=False,
     ),
     "harness.replicate": case(
-        harness.replicate, {"loop": LOOP, "num_seeds": 2}, *counts("num_seeds"), *LOOPS
+        harness.replicate,
+        {"loop": LOOP, "num_seeds": 2},
+        *counts("num_seeds"),
+        *LOOPS,
+        *NO_MESH,
     ),
     "harness.replicate:init": case(
         harness.replicate(LOOP, 2).init, {"key": KEY}, ("key", RAW), runs=False
@@ -163,7 +196,17 @@ TABLE = {
         harness.save_checkpoint,
         {"directory": ABSENT, "step": 0, "state": {"a": jnp.ones(1)}},
         ("step", -1),
+        ("directory", ABSENT, str(ABSENT), "--out"),
         runs=False,
+    ),
+    "harness.spread": case(
+        harness.spread,
+        {"fn": jnp.add, "in_axes": (0, None), "mesh": None},
+        *NO_MESH,
+        ("fn", None),
+        ("in_axes", 0),
+        ("in_axes", (1, None)),
+        ("in_axes", (None, None)),
     ),
     "harness.train": case(
         harness.train,
@@ -198,6 +241,22 @@ TABLE = {
         harness.sweep,
         {"cells": [{"a": 1}], "fn": len, "directory": ABSENT},
         ("directory", ABSENT),
+        runs=False,
+    ),
+    "harness.trim_metrics": case(
+        harness.trim_metrics, {"run": ABSENT, "step": 2}, ("step", -1), ("step", 0.5)
+    ),
+    "harness.write_json": case(
+        harness.write_json,
+        {"path": ABSENT, "value": {}},
+        ("path", ABSENT, str(ABSENT), "--out"),
+        runs=False,
+    ),
+    "harness.write_summary": case(
+        harness.write_summary,
+        {"run": ABSENT, "summary": {}, "wall_time": 0.1},
+        ("run", ABSENT, str(ABSENT / "summary.json"), "--out"),
+        ("summary", {"versions": {}}),
         runs=False,
     ),
 }

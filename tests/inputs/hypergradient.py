@@ -27,6 +27,13 @@ RATES = (
     ("learning_rate", "0.1"),
     ("learning_rate", None),
 )
+WRONG_PARAMS = (
+    ("params", None),
+    ("params", jnp.ones(3)),
+    ("params", {"w": jnp.ones(2)}),
+    ("params", {"weights": jnp.ones(3)}),
+    ("params", {"w": jnp.ones(3), "b": jnp.ones(())}),
+)
 MOMENTS = numbers("b1", "b2", bad=(NAN, -0.1, 1.0))
 BILEVEL = {"problem": PROBLEM, "params": {"w": jnp.ones(3)}, "hparams": {"decay": 0.1}}
 
@@ -126,6 +133,8 @@ TABLE = {
         ("curvature", "none"),
         ("key", RAW),
         ("params", {"w": jnp.arange(3)}),
+        *WRONG_PARAMS,
+        ("hparams", None),
         ("train_batch", {"x": jnp.ones((0, 3)), "y": jnp.ones(0)}),
         ("train_batch", {"x": jnp.ones((2, 3)), "y": jnp.ones(3)}),
         ("valid_batch", {"x": jnp.ones((0, 3)), "y": jnp.ones(0)}),
@@ -146,6 +155,8 @@ TABLE = {
         ("key", RAW),
         ("hparams", {"other": 0.1}),
         ("hparams", {"decay": jnp.ones(2)}),
+        *WRONG_PARAMS,
+        ("hparams", None),
         ("inner_optimizer", 0.1),
     ),
 }
