@@ -22,8 +22,10 @@ What of a step is the task's: microseconds of the processor, in turns with a loo
 hand, which takes the same steps on all losses by actions drawn beforehand and measures
 the metric as often, without controller, features, frozen groups, caches and records. So
 much is there to gain at most in what leads, watches and records a run; the rest is the
-task's products at their small shapes, which do not reach the rate of a large one, and
-passes over its hidden units.
+task's. Measured once, by `jax.profiler`, a step of 32 runs of classification on one
+core, half of the row S = 64: 61 % products, at 90 GFLOP/s, 11 % passes over hidden
+units between them, 8 % softplus and means over rows, 11 % Adam, the penalty and norms,
+8 % small operations.
 
 """
 WAYS = """\
