@@ -23,9 +23,9 @@ hand, which takes the same steps on all losses by actions drawn beforehand and m
 the metric as often, without controller, features, frozen groups, caches and records. So
 much is there to gain at most in what leads, watches and records a run; the rest is the
 task's. Measured once, by `jax.profiler`, a step of 32 runs of classification on one
-core, half of the row S = 64: 61 % products, at 90 GFLOP/s, 11 % passes over hidden
-units between them, 8 % softplus and means over rows, 11 % Adam, the penalty and norms,
-8 % small operations.
+core, which is what each of two devices has of 64: 61 % products, at 90 GFLOP/s, 11 %
+passes over hidden units between them, 8 % softplus and means over rows, 11 % Adam, the
+penalty and norms, 8 % small operations.
 
 """
 WAYS = """\
