@@ -336,6 +336,10 @@ SECTIONS = {
     "autoloss_regression": ("AutoLoss: regression", regression),
     "autoloss_schedules": ("AutoLoss: schedules made by hand, regression", sweep),
     "autoloss_sweep": ("AutoLoss: λ, regression", sweep),
+    "autoloss_sweep_faster": (
+        "AutoLoss: λ, regression, controllers that learn faster",
+        sweep,
+    ),
     "autoloss_transfer": ("AutoLoss: controllers on other data, regression", transfer),
     **sections_classification.SECTIONS,
     **sections_gan_translation.SECTIONS,
