@@ -251,7 +251,26 @@ def _sweep_claims(record: dict) -> list[str]:
         + ".",
         "* A context-free controller, which sees nothing of the run, spreads by "
         f"{np.mean(rows['context-free']['spread']):.3f}.",
+        *_out_of_reach(record),
         f"* λ p/(1 − p) of AutoLoss, p being its L1 share: {_strengths(record)}.",
+    ]
+
+
+def _out_of_reach(record: dict) -> list[str]:
+    """Shares that a context-free controller cannot come to in its updates."""
+    config, share = record["config"], record["rows"]["AutoLoss"]["share"]
+    moved = config["meta_rate"] * config["num_updates"]
+    most = 1 / (1 + np.exp(-2 * moved / config["temperature"]))
+    beyond = [f"{lam:g}" for lam, p in zip(config["lams"], share, strict=True)
+              if p > most]  # fmt: skip
+    if not beyond:
+        return []
+    return [
+        f"* It has two biases, which Adam moves by about {config['meta_rate']:g} an "
+        f"update: in {config['num_updates']} updates its L1 share comes to {most:.2f} "
+        f"at most. AutoLoss, whose network moves its logits faster, takes more at λ = "
+        f"{', '.join(beyond)}: there the two differ by how fast they learn, which says "
+        "nothing about a use of the run's state."
     ]
 
 
@@ -317,6 +336,10 @@ SECTIONS = {
     "autoloss_regression": ("AutoLoss: regression", regression),
     "autoloss_schedules": ("AutoLoss: schedules made by hand, regression", sweep),
     "autoloss_sweep": ("AutoLoss: λ, regression", sweep),
+    "autoloss_sweep_faster": (
+        "AutoLoss: λ, regression, controllers that learn faster",
+        sweep,
+    ),
     "autoloss_transfer": ("AutoLoss: controllers on other data, regression", transfer),
     **sections_classification.SECTIONS,
     **sections_gan_translation.SECTIONS,

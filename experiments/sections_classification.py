@@ -163,11 +163,16 @@ def _untrained(found: dict) -> list[str]:
         for lam, cell in found.items()
         for name, row in cell.items()
     ]  # fmt: skip
-    ratios = [
-        f"* {lam}, {name}: {_times(ratio)}, {_verdict(ratio >= 4)}."
+    narrowed = {
+        (lam, name): ratio
         for lam, cell in found.items()
         for name, ratio in _ratios(cell).items()
+    }
+    ratios = [
+        f"* {lam}, {name}: {_times(ratio)}, {_verdict(ratio >= 4)}."
+        for (lam, name), ratio in narrowed.items()
     ]
+    met = {lam.startswith("wide") for (lam, _), ratio in narrowed.items() if ratio >= 4}
     heads = ("task, λ", "features", "std, last iterate", "range", "std, best check",
              "collapsed", "std of the others", "L1 share of a run")  # fmt: skip
     return [
@@ -180,8 +185,8 @@ def _untrained(found: dict) -> list[str]:
         *table(heads, lines),
         "",
         *ratios,
-        "",
-        *WHY_WIDE.splitlines(),
+        # said of the case that it explains, and of no other
+        *(["", *WHY_WIDE.splitlines()] if met == {True} else ()),
     ]
 
 

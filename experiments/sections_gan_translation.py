@@ -177,6 +177,8 @@ def _way_of_learning(controllers: Mapping[str, Any], reward: str) -> list[str]:
     """Whether controllers have learned to step on translation, and what paid them."""
     lines = []
     for kind, row in controllers.items():
+        if min(map(len, row["shares"])) < 3:
+            continue  # there are no thirds
         shares = [np.array_split(np.asarray(own)[:, 0], 3) for own in row["shares"]]
         each = ", ".join(f"{a.mean():.2f} to {c.mean():.2f}" for a, _, c in shares)
         lines.append(

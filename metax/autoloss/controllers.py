@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from metax.arguments import check_count, check_has, check_number, refuse
-from metax.autoloss.decisions import Decision, Observation, Policy
+from metax.autoloss.decisions import Decision, Observation, Policy, choose, drawn
 from metax.autoloss.vectors import Features, FeatureState
 from metax.base import check_key
 
@@ -213,27 +213,33 @@ def bind(
     Raises:
       ValueError: φ is not of this controller on these features.
     """
-    _check_fit(controller, phi, features)
+    out = _checked_fit(controller, phi, features)
 
     def init() -> BoundState:
         if feature_state is None:
             return BoundState(*features.init())
         return BoundState(*features.reset(feature_state))
 
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.gumbel(key, out.shape, out.dtype)
+
     def act(state: BoundState, key: jax.Array) -> tuple[BoundState, Decision]:
         logits = controller.logits(phi, state.inputs)
         if greedy:
-            action, log_prob = jnp.argmax(logits), jnp.zeros((), logits.dtype)
+            action = jnp.argmax(logits).astype(jnp.int32)
+            log_prob = jnp.zeros((), logits.dtype)
         else:
-            action = jax.random.categorical(key, logits)
+            action = choose(logits, drawn(draw, key))
             log_prob = jax.nn.log_softmax(logits)[action]
-        return state, Decision(action.astype(jnp.int32), log_prob, state.inputs)
+        return state, Decision(action, log_prob, state.inputs)
 
     def observe(state: BoundState, observation: Observation) -> BoundState:
         return BoundState(*features.update(state.features, observation))
 
     spec = features.spec
-    return Policy(init, act, observe, spec.refresh, spec.observe_every)
+    return Policy(
+        init, act, observe, spec.refresh, spec.observe_every, None if greedy else draw
+    )
 
 
 def leaky_relu(x: jax.Array) -> jax.Array:
@@ -290,13 +296,15 @@ def _apply_layers(
     return x
 
 
-def _check_fit(controller: Controller, phi: Phi, features: Features) -> None:
-    """Looks at shapes alone."""
+def _checked_fit(
+    controller: Controller, phi: Phi, features: Features
+) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of the logits, which is all that is looked at."""
     check_has("bind", "controller", controller, "a `Controller`", "logits", "spec")
     check_has("bind", "features", features, "`Features`", "init", "update", "spec")
     x = jax.ShapeDtypeStruct((features.spec.size,), jnp.zeros(()).dtype)
     try:
-        jax.eval_shape(controller.logits, phi, x)
+        return jax.eval_shape(controller.logits, phi, x)
     except (TypeError, ValueError, KeyError) as error:
         rule = (
             f"must be parameters of this controller for the {features.spec.size} "

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-__all__ = ["Decision", "Observation", "Policy"]
+__all__ = ["Decision", "Observation", "Policy", "choose", "drawn"]
 
 State = Any
 
@@ -72,12 +73,16 @@ class Policy(NamedTuple):
 
     Attributes:
       init: `init() -> state`.
-      act: `act(state, key) -> (state, decision)`.
+      act: `act(state, key) -> (state, decision)`; where there is a `draw`, it also
+        takes what that made of the key.
       observe: `observe(state, observation) -> state`, after each step.
       refresh: which losses and gradient norms it wants to see after a step: "none",
         "chosen" or "all".
       observe_every: steps between two refreshes of the metric; None for the problem's
         `validate_every`.
+      draw: `draw(key)`, floating-point: all that `act` asks of its key. A run then
+        draws for many steps at once, outside of its loop, the same numbers. None where
+        `act` wants the key.
     """
 
     init: Callable[[], State]
@@ -85,3 +90,22 @@ class Policy(NamedTuple):
     observe: Callable[[State, Observation], State]
     refresh: Literal["none", "chosen", "all"] = "none"
     observe_every: int | None = None
+    draw: Callable[[jax.Array], jax.Array] | None = None
+
+
+def drawn(draw: Callable[[jax.Array], jax.Array], key: jax.Array) -> jax.Array:
+    """`draw(key)`, or `key` where that is what was drawn of it."""
+    return key if jnp.issubdtype(key.dtype, jnp.floating) else draw(key)
+
+
+def choose(logits: jax.Array, gumbel: jax.Array) -> jax.Array:
+    """An action of probability softmax(logits): `jax.random.categorical` in two parts.
+
+    Args:
+      logits: [Q].
+      gumbel: [Q], what `jax.random.gumbel` draws.
+
+    Returns:
+      int32 [].
+    """
+    return jnp.argmax(logits + gumbel, axis=-1).astype(jnp.int32)

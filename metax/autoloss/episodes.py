@@ -237,6 +237,7 @@ def _advance(
     look: bool | None,
 ) -> tuple[RunState, Record]:
     live = ~state.done & (state.step < rules.num_steps)
+    every = jnp.arange(len(rules.problem.actions))
     policy_state, decision = rules.policy.act(state.policy_state, key_act)
     stepped, measured, gradients = _update(rules, state, decision, key_batch, data)
     metric, extras, is_seen = _look(rules, state, stepped, key_batch, data, look)
@@ -260,7 +261,7 @@ def _advance(
         gradients=gradients,
         step=observation.step,
         taken=stepped.taken,
-        action_counts=state.action_counts.at[decision.action].add(1),
+        action_counts=state.action_counts + (every == decision.action),
         reward_state=reward_state,
         restart_state=restart_state,
         restarted=fired,

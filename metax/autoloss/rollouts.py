@@ -261,7 +261,9 @@ def _plan(
             jax.vmap(lambda i, key=key: jax.random.fold_in(key, i))(steps)
             for key in (run.key_act, run.key_batch)
         ]
-        keys = jax.tree.map(lambda k: k.reshape(blocks, period), keys)
+        if policy.draw is not None:
+            keys[0] = jax.vmap(policy.draw)(keys[0])
+        keys = [k.reshape(blocks, period, *k.shape[1:]) for k in keys]
 
         def advance(state: RunState, keys: Any, look: bool) -> tuple[RunState, Record]:
             return run_of.advance(state, *keys, data, look)

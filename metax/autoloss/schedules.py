@@ -11,7 +11,7 @@ import jax.core
 import jax.numpy as jnp
 
 from metax.arguments import check_count, check_has, check_number, check_one_of, refuse
-from metax.autoloss.decisions import Decision, Observation, Policy
+from metax.autoloss.decisions import Decision, Observation, Policy, choose, drawn
 from metax.autoloss.vectors import as_float, validation_loss
 
 __all__ = ["always", "bernoulli", "cycle", "phases", "threshold"]
@@ -99,12 +99,15 @@ def bernoulli(p: jax.typing.ArrayLike) -> Policy:
         if not fine:
             refuse("bernoulli", "p", "must be at least 0 and of sum 1", p.tolist())
 
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.gumbel(key, p.shape, p.dtype)
+
     def act(state: tuple[()], key: jax.Array) -> tuple[tuple[()], Decision]:
         log_p = jnp.log(p)
-        action = jax.random.categorical(key, log_p)
+        action = choose(log_p, drawn(draw, key))
         return state, _decide(action, log_p[action])
 
-    return Policy(init=lambda: (), act=act, observe=_ignore)
+    return Policy(init=lambda: (), act=act, observe=_ignore, draw=draw)
 
 
 def threshold(

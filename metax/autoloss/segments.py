@@ -284,7 +284,7 @@ def _exploring(
         log_probs = jax.nn.log_softmax(controller.logits(phi, decision.inputs))
         return state, decision._replace(action=action, log_prob=log_probs[action])
 
-    return policy._replace(act=act)
+    return policy._replace(act=act, draw=None)
 
 
 def _critic(learner: Learner) -> Any:

@@ -104,6 +104,21 @@ def test_full_batch_gradients_that_are_carried_change_nothing():
     chex.assert_trees_all_close(drawn, carried, rtol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["bernoulli", "controller"])
+def test_what_is_drawn_beforehand_is_what_each_key_would_give(kind):
+    """Bit for bit: a run's numbers do not say how they were drawn."""
+    policy, seen = bernoulli(jnp.array([0.2, 0.8])), features.paper(2)
+    if kind == "controller":
+        net = controller(2, (4,))
+        policy = bind(net, net.init(jax.random.key(1), seen.spec.size), seen)
+    run = lambda policy: jax.jit(
+        lambda key: rollout(bandit(), policy, key, 1.0, 40, chunk=7)
+    )(jax.random.key(0))
+    beforehand, by_key = run(policy), run(policy._replace(draw=None))
+    assert 0 < beforehand[0].action_counts[0] < 40
+    chex.assert_trees_all_equal(beforehand, by_key)
+
+
 @pytest.mark.parametrize(("observe_every", "validate_every"), [(1, 3), (4, 2), (3, 2)])
 def test_the_metric_is_measured_when_it_is_due(observe_every, validate_every):
     result, _ = jax.jit(

@@ -167,6 +167,14 @@ def test_the_page_of_translation_holds_autoloss_to_two_percent(loss, is_met):
     assert "0.600 and 0.400, reached" in lines[1]
 
 
+def test_the_page_tells_thirds_of_a_training_that_has_them():
+    of_mt = lambda *each: {"AutoLoss": {"shares": [[[x, 1 - x] for x in each]]}}
+    tell = sections_gan_translation._way_of_learning
+    (line,) = tell(of_mt(0.5, 0.1, 0.2), "released")
+    assert "of each controller: 0.50 to 0.20." in line
+    assert tell(of_mt(0.5, 0.1), "released") == []
+
+
 def test_both_restart_rules_end_runs_on_the_grid_of_gaussians():
     problem = gan.gaussian_grid(side=2)
     schedules = [cycle((5, 1)), cycle((6, 1)), always(0)]

@@ -231,6 +231,19 @@ def test_the_sweep_shows_spreads_and_the_verdict():
     text = "\n".join(sections_autoloss.sweep(record))
     assert "| joint | 1.400 | 0.100 | 1.300 |" in text
     assert "0.100 and 1.300, reached" in text
+    assert "two biases" not in text
+
+
+def test_the_sweep_says_where_a_context_free_controller_cannot_come():
+    config = dataclasses.asdict(autoloss_sweep.Config(lams=(0.1, 0.8)))
+    tell = lambda *share: sections_autoloss._out_of_reach(
+        {"config": config, "rows": {"AutoLoss": {"share": share}}}
+    )
+    # 60 updates of .02, from 1/2: a logit of 2 · 1.2 / 2
+    (line,) = tell(0.8, 0.76)
+    assert "comes to 0.77 at most" in line
+    assert "λ = 0.1:" in line
+    assert tell(0.76, 0.3) == []
 
 
 def test_transfer_compares_with_the_chance_that_was_tuned_where_learning_was():

@@ -44,6 +44,10 @@ def test_the_gradient_of_the_penalty_is_the_sign_and_zero_at_zero():
     assert (grad["a"].tolist(), float(grad["b"])) == ([-2.0, 0.0], 2.0)
 
 
+def test_the_penalty_of_what_is_no_number_is_none():
+    assert np.isnan(l1_penalty(2.0)({"a": jnp.array([1.0, jnp.nan])}, None, None))
+
+
 def test_the_penalty_has_the_dtype_of_the_parameters():
     loss = l1_penalty(jnp.array(0.1, jnp.float64))
     assert loss(jnp.ones(3, jnp.float32), None, None).dtype == jnp.float32
