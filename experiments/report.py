@@ -337,9 +337,16 @@ def _origin(record: dict) -> str:
     return (
         f"`{record['command']}`: {seeds}jax {versions['jax']}, optax "
         f"{versions['optax']}, Python {versions['python']}, {device['count']} × "
-        f"{device['kind']}, {record['wall_time']:.0f} s, commit "
-        f"{str(record['git_commit'])[:12]}."
+        f"{device['kind']}, {record['wall_time']:.0f} s, {_tree(record['git_commit'])}."
     )
+
+
+def _tree(commit: str | None) -> str:
+    """The commit a record was made at, and whether files had been edited since."""
+    if commit is None:
+        return "commit not recorded"
+    edited = " with edits" if commit.endswith("-dirty") else ""
+    return f"commit {commit[:12]}{edited}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
