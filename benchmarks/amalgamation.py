@@ -19,8 +19,9 @@ Prediction, by operations: an inner step without teachers is 4.0 GF with remat (
 0.88 gradient, 1.98 its derivative, .61 LSTM and what is recomputed), each teacher 0.88;
 at the 60 to 100 GF/s of one core that is 40 to 67 CPU-ms, and 55 to 96 with two
 teachers. Everything above it is passes over memory: 0.4 GB a step, about 40 CPU-ms.
-Measured (RESULTS.md): the prediction was too low by half. The passes over memory, and
-not the products, are what a step waits for.
+Measured (RESULTS.md): the prediction was too low by a half. What a step waits for are
+passes over memory between the products, some of which XLA makes longer: it works sums
+over the 18,122 coordinates anew into loops over a million activations.
 
 What peers take is printed beside it. The figures of google/learned_optimization, its
 own truncated step over the same problem and K = 20, were measured by the authors of

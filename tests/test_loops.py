@@ -26,7 +26,14 @@ def name(request):
 
 
 # One of a method is enough for each push where a test starts a process.
-LEFT_OUT = {"epochs", "replicate", "grid", "imitation", "autoloss_online"}
+LEFT_OUT = {
+    "epochs",
+    "replicate",
+    "grid",
+    "imitation",
+    "autoloss_online",
+    "amalgamation",
+}
 
 
 def but_for(few):

@@ -14,9 +14,22 @@ def test_there_is_a_notebook():
     assert NOTEBOOKS
 
 
+# What a cell of the test puts before the first one: runs of few steps.
+SHORT = """
+from metax import harness
+train = harness.train
+harness.train = lambda loop, data, key, num_steps, **options: train(
+    loop, data, key, min(num_steps, 12), **options)
+"""
+
+
 @each_notebook
-def test_notebook_runs(path, tmp_path):
+@pytest.mark.parametrize(
+    "first", [SHORT, pytest.param("", marks=pytest.mark.slow)], ids=["short", "whole"]
+)
+def test_notebook_runs(path, first, tmp_path):
     notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(first))
     folder = {"metadata": {"path": str(tmp_path)}}
     # generous: a cell takes seconds, and the machine may be busy
     NotebookClient(notebook, timeout=600, resources=folder).execute()

@@ -16,7 +16,16 @@ from tests.rules import RULES
 CURVATURE = {"w": np.array([[0.5, 1.0], [2.0, 3.0]]), "b": np.array([1.5, 0.7])}
 
 
-@pytest.fixture(params=RULES)
+# Variants of rules that are here already, and take long to compile.
+VARIANTS = {"hdm_hb_scalar", "rnnprop_release"}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else [])
+        for name in RULES
+    ]
+)
 def rule(request):
     return RULES[request.param]
 

@@ -189,8 +189,6 @@ def student_objective(
         batch, key_loss = draw(task, data, key)
         found = jax.value_and_grad(task.loss)(at, batch, key_loss)
         loss, grad = checkpoint_name(found, _FOUND)
-        # apart: XLA would work what follows into the loops over the activations
-        grad = jax.lax.optimization_barrier(grad)
         grad = grad if second_order else truncate(grad)
         grad = jax.tree.map(jnp.multiply, fixed.scale, grad)
         key_input, key_weights = jax.random.split(key_noise)
