@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -41,16 +43,13 @@ def learn(problem, num_updates, seed=0, data=1.0, net=None, **options):
     return jax.jit(lambda: unroll(loop, loop.init(key_init), keys, data))()
 
 
+also = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    ("advantage", "sign"),
-    [
-        ("leave_one_out", 1),
-        *(
-            pytest.param(*row, marks=pytest.mark.slow)
-            for row in [("ema", 1), ("normalized", 1), ("ema", -1), ("normalized", -1)]
-        ),
-    ],
+    "advantage", ["leave_one_out", also("ema"), also("normalized")]
 )
+@pytest.mark.parametrize("sign", [1, also(-1)])
 def test_the_good_arm_is_learned_in_ten_of_ten_seeds(advantage, sign):
     """And where the metric is -x, action 1 is the good one."""
     problem = bandit(metric=lambda p, data: sign * p["x"])
