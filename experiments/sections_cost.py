@@ -17,6 +17,7 @@ COLUMNS = {
     "beyond": "MB beyond plain",
     "authors": "authors, ms",
 }
+FLOORS = {"mlp": 3.0, "cnn": 2.0}
 GOALS = {"ratio": 3.0, "to plain": 2.75, "beyond": 12.0}
 PEER = """\
 **Against the authors' code on the same machine: 2.6 times on the MLP (goal 4, floor 3:
@@ -69,6 +70,7 @@ def cost(record: dict) -> list[str]:
         *("| " + " | ".join(line) + " |" for line in lines),
         "",
         *_goals(record["rows"]),
+        *_floors(record["rows"]),
         "",
         "A response gradient per example, by injection and by forming the weights of",
         "each example:",
@@ -93,6 +95,26 @@ def _goals(rows: list[dict]) -> list[str]:
                 f"* {row['model']}, {COLUMNS[name]} of a Delta-STN step: {row[name]}, "
                 f"goal at most {goal:g}: {verdict}."
             )
+    return found
+
+
+def _floors(rows: list[dict]) -> list[str]:
+    """The authors' step against ours, and what the products leave room for."""
+    found = []
+    for model, floor in FLOORS.items():
+        step = {row["step"]: row for row in rows if row["model"] == model}
+        plain, delta = step["plain"], step["delta example"]
+        if not delta["authors"]:
+            continue
+        low, high = map(float, delta["authors"].split("-"))
+        ours, least = float(delta["ms"]), float(plain["ms"]) * float(delta["limit"])
+        found.append(
+            f"* {model}, the authors' {delta['authors']} ms against our {ours:.0f}: "
+            f"{low / ours:.1f} to {high / ours:.1f} times (floor {floor:g}); their "
+            f"plain step {plain['authors']}, ours {plain['ms']}. {floor:g} times would "
+            f"be {low / floor:.0f} to {high / floor:.0f} ms, and {least:.0f} are the "
+            f"products at the rate of plain."
+        )
     return found
 
 
