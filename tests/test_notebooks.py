@@ -17,9 +17,8 @@ def test_there_is_a_notebook():
 # What a cell of the test puts before the first one: runs of few steps.
 SHORT = """
 from metax import harness
-train = harness.train
-harness.train = lambda loop, data, key, num_steps, **options: train(
-    loop, data, key, min(num_steps, 12), **options)
+harness.train = lambda loop, data, key, num_steps, *, _train=harness.train, **options: (
+    _train(loop, data, key, min(num_steps, 12), **options))
 """
 
 
