@@ -149,19 +149,20 @@ def mean_rows(step: int, state: Any, infos: Any) -> list[dict[str, Any]]:
         numbers, are left out.
 
     Returns:
-      A list of one dict, of `step` and the means by their names in the infos.
+      A list of one dict, of `step` and the means by their names in the infos; of
+      replicates, whose infos are [steps, replicates], `step` alone.
 
     Raises:
-      ValueError: the infos have no such scalar, so that nothing would be recorded.
+      ValueError: the infos hold nothing at all.
     """
     row: dict[str, Any] = {"step": step}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(infos):
+    leaves = jax.tree_util.tree_leaves_with_path(infos)
+    if not leaves:
+        refuse("mean_rows", "infos", "must have a leaf", infos)
+    for path, leaf in leaves:
         if leaf.ndim == 1 and jnp.issubdtype(leaf.dtype, jnp.floating):
             name = jax.tree_util.keystr(path, simple=True, separator=".") or "info"
             row[name] = float(leaf.astype(np.float64).mean())
-    if len(row) == 1:
-        rule = "must have a floating scalar a step (else give `rows`, which may be [])"
-        refuse("mean_rows", "infos", rule, jax.tree.structure(infos))
     return [row]
 
 

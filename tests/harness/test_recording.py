@@ -366,6 +366,8 @@ def test_default_rows_take_floating_scalars_only():
     wanted = {"step": 2, "a": 1.5, "half": 1.5, "nested.b": 0.5}
     assert mean_rows(2, None, infos) == [wanted]
     assert mean_rows(2, None, np.array([1.0, 3.0])) == [{"step": 2, "info": 2.0}]
+    # of replicates, of which the default rows of a run say nothing more
+    assert mean_rows(2, None, {"loss": np.ones((2, 3))}) == [{"step": 2}]
 
 
 def test_earlier_run_is_not_written_over(tmp_path):

@@ -114,7 +114,6 @@ TABLE = {
         harness.mean_rows,
         {"step": 2, "state": None, "infos": {"loss": rows(2)}},
         ("infos", {}),
-        ("infos", {"loss": rows(2, 3), "count": np.arange(2)}),
     ),
     "harness.mixed_effects": case(
         harness.mixed_effects,
