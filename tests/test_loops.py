@@ -25,15 +25,8 @@ def name(request):
     return request.param
 
 
-# One of a method is enough for each push where a test starts a process.
-LEFT_OUT = {
-    "epochs",
-    "replicate",
-    "grid",
-    "imitation",
-    "autoloss_online",
-    "amalgamation",
-}
+# Where a test starts a process, those that compile soon are enough for each push.
+LEFT_OUT = {*LARGE, "epochs", "replicate", "grid"}
 
 
 def but_for(few):
@@ -112,8 +105,8 @@ def test_keys_decide_everything(small):
     assert run(0) == run(0) != run(1)
 
 
-def test_one_trace_whatever_the_number_of_chunks(name):
-    loop, data = LOOPS[name].build(), LOOPS[name].data()
+def test_one_trace_whatever_the_number_of_chunks(small):
+    loop, data = LOOPS[small].build(), LOOPS[small].data()
     traces = []
 
     def step(state, key, data):
@@ -141,8 +134,8 @@ def test_resumed_in_a_new_process_equals_uninterrupted_bit_for_bit(single, tmp_p
     assert rows[0] == rows[1]
 
 
-def test_nonfinite_step_is_reported_and_stops_the_run(name):
-    loop, poison = LOOPS[name].build(), LOOPS[name].poison()
+def test_nonfinite_step_is_reported_and_stops_the_run(small):
+    loop, poison = LOOPS[small].build(), LOOPS[small].poison()
     with pytest.raises(NonFiniteError, match="step 0 is not finite"):
         train(loop, poison, jax.random.key(0), NUM_STEPS)
 

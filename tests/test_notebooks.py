@@ -16,9 +16,22 @@ def test_there_is_a_notebook():
 
 # What a cell of the test puts before the first one: runs of few steps.
 SHORT = """
-from metax import harness
-harness.train = lambda loop, data, key, num_steps, *, _train=harness.train, **options: (
-    _train(loop, data, key, min(num_steps, 12), **options))
+import functools
+from metax import autoloss, harness
+
+def short(function, most, place=None):
+    @functools.wraps(function)
+    def run(*args, **options):
+        if place is None:
+            options["num_steps"] = min(options["num_steps"], most)
+        else:
+            args = (*args[:place], min(args[place], most), *args[place + 1 :])
+        return function(*args, **options)
+    return run
+
+harness.train = short(harness.train, 12, 3)
+autoloss.rollout = short(autoloss.rollout, 200, 4)
+autoloss.autoloss = short(autoloss.autoloss, 200)
 """
 
 

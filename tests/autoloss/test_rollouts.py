@@ -150,7 +150,7 @@ def test_the_metric_is_measured_when_it_is_due(observe_every, validate_every):
         pytest.param(1, marks=pytest.mark.slow),
         3,
         pytest.param(8, marks=pytest.mark.slow),
-        500,
+        pytest.param(500, marks=pytest.mark.slow),
     ],
 )
 def test_chunks_change_nothing(chunk):

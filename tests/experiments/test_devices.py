@@ -78,9 +78,9 @@ def summary_of(run):
     return json.loads((run / "summary.json").read_text())
 
 
-# a minute of compilation each; the default suite has one that takes less, and the
-# refusals below
+# up to a minute of compilation each; the default suite has the refusals below
 SPREAD = [
+    ("hypergradient_hdm", HDM),
     ("stn_baselines", [*SEARCHES, "fixed_start", "random_equal", "delta_stn"]),
     ("stn_ridge", RIDGE),
     ("stn_starts", STARTS),
@@ -92,13 +92,8 @@ SPREAD = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("script", "argv"),
-    [
-        ("hypergradient_hdm", HDM),
-        *(pytest.param(*row, marks=pytest.mark.slow) for row in SPREAD),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "argv"), SPREAD)
 def test_a_script_spreads_over_two_devices(script, argv, tmp_path):
     code, text = end(start(script, argv, tmp_path / "run", "--devices", "2"))
     assert code == 0, text
