@@ -19,9 +19,10 @@ Prediction, by operations: an inner step without teachers is 4.0 GF with remat (
 0.88 gradient, 1.98 its derivative, .61 LSTM and what is recomputed), each teacher 0.88;
 at the 60 to 100 GF/s of one core that is 40 to 67 CPU-ms, and 55 to 96 with two
 teachers. Everything above it is passes over memory: 0.4 GB a step, about 40 CPU-ms.
-Measured (RESULTS.md): the prediction was too low by a half. What a step waits for are
-passes over memory between the products, some of which XLA makes longer: it works sums
-over the 18,122 coordinates anew into loops over a million activations.
+Measured (RESULTS.md): more than the 80 to 107 CPU-ms, and the 95 to 136, of both parts.
+By a profile, made once: passes over memory between the products take longer than that,
+one of them since XLA works a sum over the 18,122 coordinates anew into a loop over 1.4
+million activations.
 
 What peers take is printed beside it. The figures of google/learned_optimization, its
 own truncated step over the same problem and K = 20, were measured by the authors of

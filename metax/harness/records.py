@@ -7,7 +7,7 @@
 JSON has neither NaN nor infinity: both are written as null, and `read_metrics` reads
 null as NaN. Whole files are replaced in one act, so a reader never meets a half of one.
 Of several processes that run one program all call these functions: the first alone
-writes, and the others go on when it has.
+writes, and the others go on when it has; `trim_metrics` waits for nobody.
 """
 
 import hashlib

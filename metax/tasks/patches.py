@@ -81,6 +81,7 @@ def _maxima_jvp(
     ]
     place = functools.reduce(_larger, columns)[1][:, :, None, :, None]
     places = jnp.arange(size**2).reshape(size, 1, size, 1)
+    # not `largest`: a second derivative is to go by this rule too
     return _maxima(x), jnp.sum(jnp.where(place == places, dx, 0), (2, 4))
 
 

@@ -78,6 +78,15 @@ def summary_of(run):
     return json.loads((run / "summary.json").read_text())
 
 
+def by_one_and_two_processes(script, argv, folder):
+    """The summaries of the same run, made by one process and by two."""
+    together = in_two_processes(script, argv, folder / "two")
+    for process in [*together, start(script, argv, folder / "one")]:
+        code, text = end(process)
+        assert code == 0, text
+    return [summary_of(folder / run) for run in ("one", "two")]
+
+
 # up to a minute of compilation each; the default suite has the refusals below
 SPREAD = [
     ("hypergradient_hdm", HDM),
@@ -121,12 +130,7 @@ def test_learned_schedules_over_two_devices_are_those_of_one(tmp_path):
 @pytest.mark.slow
 def test_two_processes_train_the_optimizer_of_one(tmp_path):
     """The first writes the artefact that both read."""
-    together = in_two_processes("amalgamate", AMALGAMATE, tmp_path / "two")
-    alone = start("amalgamate", AMALGAMATE, tmp_path / "one")
-    for process in [*together, alone]:
-        code, text = end(process)
-        assert code == 0, text
-    one, two = (summary_of(tmp_path / run) for run in ("one", "two"))
+    one, two = by_one_and_two_processes("amalgamate", AMALGAMATE, tmp_path)
     assert two["device"]["count"] == 2
     # sums over tasks are made in another order, in float32
     np.testing.assert_allclose(two["long"]["train"], one["long"]["train"], rtol=1e-4)
@@ -134,12 +138,8 @@ def test_two_processes_train_the_optimizer_of_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_write_one_run_that_is_that_of_one_device(tmp_path):
-    together = in_two_processes("hypergradient_hdm", HDM, tmp_path / "two")
-    alone = start("hypergradient_hdm", HDM, tmp_path / "one")
-    for process in [*together, alone]:
-        code, text = end(process)
-        assert code == 0, text
-    one, two = (summary_of(tmp_path / run)["table"] for run in ("one", "two"))
+    found = by_one_and_two_processes("hypergradient_hdm", HDM, tmp_path)
+    one, two = (summary["table"] for summary in found)
     assert one.keys() == two.keys()
     for name in one:
         assert one[name]["solved"] == two[name]["solved"]
