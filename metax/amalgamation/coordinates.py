@@ -61,11 +61,12 @@ def unflatten(vector: jax.Array, like: Params, dtype: Any = None) -> Params:
       dtype: of all leaves.
     """
     leaves, treedef = jax.tree.flatten(like)
-    cut, start = [], 0
-    for leaf in leaves:
-        part = vector[start : start + math.prod(jnp.shape(leaf))]
-        cut.append(part.reshape(jnp.shape(leaf)).astype(dtype or leaf.dtype))
-        start += part.size
+    # a split transposes into one concatenation; slices into a padded array each
+    parts = jax.lax.split(vector, [leaf.size for leaf in leaves]) if leaves else []
+    cut = [
+        part.reshape(jnp.shape(leaf)).astype(dtype or leaf.dtype)
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
     return jax.tree.unflatten(treedef, cut)
 
 
