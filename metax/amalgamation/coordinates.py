@@ -7,7 +7,6 @@ coordinates, costs many times as much. Parameters that are sharded over devices 
 gathered by this: there, use `optax.partition` by leaf.
 """
 
-import math
 from typing import Any
 
 import jax

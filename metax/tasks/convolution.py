@@ -54,7 +54,13 @@ class _Window(NamedTuple):
 
 
 def convolve(
-    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Any,
+    padding: Any,
+    *,
+    bias: jax.Array | None = None,
+    **options: Any,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, for `nn.Conv(conv_general_dilated=convolve)`.
 
@@ -65,22 +71,25 @@ def convolve(
       kernel: [height, width, in, out].
       strides: as `nn.Conv` passes it, as the others.
       padding: likewise.
-      **options: likewise; ignored on CPUs, where `nn.Conv`'s defaults are taken for
-        granted.
+      bias: [out], added to the result; with images of one channel at no cost.
+      **options: as `nn.Conv` passes them; ignored on CPUs, where its defaults are taken
+        for granted.
 
     Returns:
       [batch, height, width, out].
     """
     if jax.default_backend() != "cpu":
-        return _plain(x, kernel, strides, padding, **options)
+        y = _plain(x, kernel, strides, padding, **options)
+        return y if bias is None else y + bias
     image, taps = x.shape[1:3], kernel.shape[:2]
     if isinstance(padding, str):
         padding = jax.lax.padtype_to_pads(image, taps, strides, padding)
     if x.shape[-1] == 1:
-        return convolve_gray(x, kernel, strides, padding, **options)
+        return convolve_gray(x, kernel, strides, padding, bias=bias, **options)
     pads = tuple((low, high) for low, high in padding)
     window = _Window(image, taps, tuple(strides), pads)
-    return _FORWARD.bind(x, kernel, window=window)
+    y = _FORWARD.bind(x, kernel, window=window)
+    return y if bias is None else y + bias
 
 
 class Conv(nn.Module):
@@ -135,10 +144,12 @@ class Conv(nn.Module):
         kernel = self.param("kernel", init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape[-1:], jnp.float32)
         dtype = jnp.result_type(x, kernel)
-        ways = {"auto": convolve, "gemm": convolve_by_patches, "lax": _plain}
-        x, kernel = x.astype(dtype), kernel.astype(dtype)
-        y = ways[self.impl](x, kernel, pair(self.strides), self.padding)
-        return y + bias
+        x, kernel, bias = (a.astype(dtype) for a in (x, kernel, bias))
+        how = (pair(self.strides), self.padding)
+        if self.impl == "auto":
+            return convolve(x, kernel, *how, bias=bias)
+        by = {"gemm": convolve_by_patches, "lax": _plain}[self.impl]
+        return by(x, kernel, *how) + bias
 
 
 def check_impl(impl: str, argument: str) -> None:
@@ -162,12 +173,32 @@ def _forward(x: jax.Array, kernel: jax.Array, *, window: _Window) -> jax.Array:
 
 def _by_image(g: jax.Array, kernel: jax.Array, *, window: _Window) -> jax.Array:
     """Each output's g spread over what its kernel saw."""
+    if window.strides == (1, 1) and window.padding == ((0, 0), (0, 0)):
+        return _by_rows(g, kernel)
     pads = [
         (taps - 1 - low, size + low - 1 - (out - 1) * stride)
         for out, (size, taps, stride, (low, _)) in _by_axis(window)
     ]
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2)
     return _plain(g, turned, (1, 1), pads, lhs_dilation=window.strides)
+
+
+def _by_rows(g: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`_by_image` for steps of 1 without padding: along the width, then the height.
+
+    A convolution of both meets as many rows of zeros as the kernel is high less one
+    above and below, and yields few channels at once, where products are slow. Along
+    the width alone each row of the kernel gives channels of its own; its result then
+    goes as far down as the row stands in the kernel.
+    """
+    height, width, channels, features = kernel.shape
+    turned = kernel[:, ::-1].transpose(1, 3, 0, 2)
+    turned = turned.reshape(1, width, features, height * channels)
+    y = _plain(g, turned, (1, 1), [(0, 0), (width - 1, width - 1)])
+    y = y.reshape(*y.shape[:3], height, channels)
+    down = [((0, 0), (i, height - 1 - i), (0, 0), (0, 0)) for i in range(height)]
+    rows = [jnp.pad(y[:, :, :, i], pads) for i, pads in enumerate(down)]
+    return functools.reduce(jnp.add, rows)
 
 
 def _by_kernel(x: jax.Array, g: jax.Array, *, window: _Window) -> jax.Array:

@@ -94,7 +94,13 @@ def _larger(
 
 
 def convolve_gray(
-    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Any,
+    padding: Any,
+    *,
+    bias: jax.Array | None = None,
+    **options: Any,
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated`, for `nn.Conv` on images of one channel.
 
@@ -106,21 +112,29 @@ def convolve_gray(
       kernel: [height, width, 1, features].
       strides: as `nn.Conv` passes it, as the others.
       padding: likewise.
-      **options: likewise; ignored on CPUs, where `nn.Conv`'s defaults are taken for
-        granted.
+      bias: [features], added to the result.
+      **options: as `nn.Conv` passes them; ignored on CPUs, where its defaults are taken
+        for granted.
 
     Returns:
       [batch, height, width, features].
     """
     if jax.default_backend() != "cpu" or isinstance(padding, str):
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+        y = jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+        return y if bias is None else y + bias
     height, width, _, features = kernel.shape
     x = jnp.pad(x[..., 0], ((0, 0), *padding))
     # Taps first: single pixels side by side would be copied one by one.
-    windows = jnp.stack(_windows(x, (height, width), pair(strides)))
-    taps = height * width
-    y = jnp.tensordot(windows.reshape(taps, -1), kernel.reshape(taps, features), (0, 0))
-    return y.reshape(*windows.shape[1:], features)
+    windows = _windows(x, (height, width), pair(strides))
+    kernel = kernel.reshape(height * width, features)
+    if bias is not None:
+        # One tap more, of ones: the output is the largest array there is, and what is
+        # added to it, and summed over it, in the product costs nothing.
+        windows.append(jnp.ones_like(windows[0]))
+        kernel = jnp.concatenate([kernel, bias[None]])
+    seen = jnp.stack(windows)
+    y = jnp.tensordot(seen.reshape(len(windows), -1), kernel, (0, 0))
+    return y.reshape(*seen.shape[1:], features)
 
 
 def convolve_by_patches(

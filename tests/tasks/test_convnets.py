@@ -31,6 +31,45 @@ def test_pooling_before_relu_changes_neither_value_nor_gradient():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("layers", "size", "seen"),
+    [
+        ((Layer(2, 3, pool=True), Layer(3, 5, pool=True)), 28, 26),
+        ((Layer(2, 3), Layer(3, 3, stride=2), Layer(2, 2, pool=True)), 14, 13),
+        ((Layer(2, 3, stride=3),), 11, 9),
+        ((Layer(2, 3),), 6, 6),
+    ],
+)
+def test_rows_and_columns_that_no_output_sees_are_not_computed(layers, size, seen):
+    model = ConvNet(layers, num_classes=3)
+    x = jax.random.normal(KEY, (2, size, size + 3, 1))
+
+    def whole(variables, x):
+        for i, layer in enumerate(layers):
+            params = {"params": variables["params"][f"Conv_{i}"]}
+            how = {"strides": layer.stride, "padding": "VALID"}
+            x = nn.Conv(layer.features, (layer.size,) * 2, **how).apply(params, x)
+            x = nn.relu(nn.max_pool(x, (2, 2), (2, 2)) if layer.pool else x)
+        dense = variables["params"]["Dense_0"]
+        return x.reshape(2, -1) @ dense["kernel"] + dense["bias"]
+
+    @jax.jit
+    def both():
+        variables = model.init(KEY, x, train=True)
+        own = lambda v, x: model.apply(v, x, train=True)
+        find = lambda f: jax.value_and_grad(
+            lambda v, x: jnp.sum(jnp.sin(f(v, x))), (0, 1)
+        )(variables, x)
+        return find(own), find(whole)
+
+    own, other = both()
+    for a, b in zip(*map(jax.tree.leaves, (own, other)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    by_pixel = jnp.abs(own[1][1]).max((0, 2, 3))
+    assert (by_pixel[:seen] > 0).all()
+    assert (by_pixel[seen:] == 0).all()
+
+
 def test_one_hidden_layer_is_two_affine_maps():
     model = OneHidden(3, nn.sigmoid, num_classes=2)
     x = jax.random.normal(KEY, (4, 2, 2, 1))

@@ -13,6 +13,8 @@ WINDOWS = [
     ((5, 5), (1, 1), ((2, 2), (2, 2))),
     ((3, 2), (2, 1), ((0, 1), (2, 0))),
     ((1, 1), (2, 2), ((0, 0), (0, 0))),
+    ((3, 2), (1, 1), ((0, 0), (0, 0))),
+    ((1, 1), (1, 1), ((0, 0), (0, 0))),
 ]
 
 
@@ -82,6 +84,32 @@ def test_every_convolution_in_a_loop_is_of_the_form_that_is_fast_there():
     )
     assert ours == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
     assert len(jaxs) > 1
+
+
+def test_without_padding_an_image_gradient_does_not_run_over_padded_rows():
+    x, kernel = jnp.ones((2, 12, 12, 16)), jnp.ones((5, 5, 16, 32))
+    loss = lambda x: jnp.sum(jnp.sin(convolve(x, kernel, (1, 1), "VALID")))
+    text = jax.jit(jax.grad(loss)).lower(x).as_text()
+    pads = re.findall(r"pad = (\[\[.*?\]\])", text)
+    assert sorted(pads) == ["[[0, 0], [0, 0]]", "[[0, 0], [4, 4]]"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_bias_is_added(channels):
+    (x, kernel), _ = operands((3, 2))
+    x, kernel, bias = x[..., :channels], kernel[:, :, :channels], jnp.arange(4.0)
+
+    def derivatives(conv):
+        loss = lambda *at: jnp.sum(jnp.sin(conv(*at)))
+        gradient = jax.grad(loss, (0, 1, 2))
+        along = lambda *at: sum(jnp.sin(g).sum() for g in gradient(*at))
+        return gradient(x, kernel, bias), jax.grad(along, (0, 1, 2))(x, kernel, bias)
+
+    how = ((2, 1), ((0, 1), (2, 0)))
+    inside = derivatives(lambda x, k, b: convolve(x, k, *how, bias=b))
+    outside = derivatives(lambda x, k, b: convolve(x, k, *how) + b)
+    for a, b in zip(*map(jax.tree.leaves, (inside, outside)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12)
 
 
 def test_under_vmap_no_convolution_is_a_grouped_one():
