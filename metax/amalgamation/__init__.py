@@ -9,18 +9,17 @@ from metax.amalgamation.artifacts import (
 )
 from metax.amalgamation.choosing import ChoiceState, choice, choice_weights
 from metax.amalgamation.clipping import clip_by_weight_norm
-from metax.amalgamation.hierarchical import scale
-from metax.amalgamation.imitation import imitate
-from metax.amalgamation.loop import amalgamate, release_settings
-from metax.amalgamation.periods import (
+from metax.amalgamation.decisions import (
     PAPER_STAGES,
-    CurriculumResult,
     PeriodRecord,
     Settings,
     Stage,
-    curriculum,
     decide,
 )
+from metax.amalgamation.hierarchical import scale
+from metax.amalgamation.imitation import imitate
+from metax.amalgamation.loop import amalgamate, release_settings
+from metax.amalgamation.periods import CurriculumResult, curriculum
 from metax.amalgamation.policies import (
     LearnedOptimizer,
     RecurrentState,

@@ -8,97 +8,34 @@ At the end the candidates of all stages run a long horizon, and the best that su
 is chosen.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from metax.amalgamation.decisions import (
+    PAPER_STAGES,
+    PeriodRecord,
+    Settings,
+    Stage,
+    accept,
+    decide,
+)
 from metax.amalgamation.states import DUE, AmalgamationState
 from metax.amalgamation.validation import Gate
-from metax.arguments import check_at_least, check_one_of, refuse
+from metax.arguments import check_at_least, check_one_of
 from metax.base import Loop, check_key, unroll
 
 __all__ = [
-    "PAPER_STAGES",
     "CurriculumResult",
-    "PeriodRecord",
-    "Settings",
-    "Stage",
     "curriculum",
-    "decide",
 ]
 
 Params = Any
 Data = Any
-Decision = Literal["repeat", "next_period", "next_stage", "stop"]
 # An attempt at a period: what is known of it, and the state after it.
-Attempt = tuple["PeriodRecord", AmalgamationState]
-
-
-class Stage(NamedTuple):
-    """One stage of the curriculum.
-
-    Attributes:
-      unroll_length: steps of an optimizee; a multiple of the truncation length.
-      validation_length: steps over which the stage is validated.
-      imitation_weight: α.
-      trajectories: unrolls a period; None for the argument of `curriculum`.
-      periods: exactly so many, whatever their validation; None to stop by patience.
-    """
-
-    unroll_length: int
-    validation_length: int
-    imitation_weight: float
-    trajectories: int | None = None
-    periods: int | None = None
-
-
-PAPER_STAGES = (
-    Stage(100, 200, 0.2),
-    Stage(200, 500, 0.1),
-    Stage(500, 1000, 0.05),
-    Stage(1000, 2000, 0.02),
-)
-
-
-class PeriodRecord(NamedTuple):
-    """What is known of one attempt at one period.
-
-    Attributes:
-      stage: from 0.
-      period: within the stage, from 0.
-      repeat: the attempt, from 0.
-      train_loss: mean L_meta of its truncations.
-      validation: L_meta over the validation length; +∞ where it is not finite.
-      accepted: whether training went on from this attempt.
-    """
-
-    stage: int
-    period: int
-    repeat: int
-    train_loss: float
-    validation: float
-    accepted: bool
-
-
-class Settings(NamedTuple):
-    """By what `decide` decides; the arguments of `curriculum` of the same names.
-
-    Attributes:
-      num_stages: how many there are.
-      periods: `Stage.periods` of each, or `()` where none says.
-    """
-
-    num_stages: int
-    min_periods: int = 6
-    max_periods: int = 50
-    patience: int = 5
-    repeat_threshold: float = 0.5
-    max_repeats: int = 4
-    stage_reference: Literal["train", "validation"] = "train"
-    periods: tuple[int | None, ...] = ()
+Attempt = tuple[PeriodRecord, AmalgamationState]
 
 
 class CurriculumResult(NamedTuple):
@@ -115,45 +52,6 @@ class CurriculumResult(NamedTuple):
     theta: Params
     records: tuple[PeriodRecord, ...]
     gate_passed: bool | None
-
-
-def decide(records: Sequence[PeriodRecord], settings: Settings) -> Decision:
-    """What comes after the last attempt.
-
-    An attempt is repeated, at most `max_repeats` times, where
-
-        value > ref + repeat_threshold |ref|
-
-    with its validation as the value and the best of the attempts at the period before
-    as ref. In the first period of a stage the value is its training loss or, by
-    `stage_reference`, its validation, and ref the best validation of the stage before.
-    The very first period is not repeated. A stage ends after `min_periods` once its
-    best validation is `patience` periods old, or after `max_periods`.
-
-    Args:
-      records: all attempts so far, at least one; `accepted` of the last does not count.
-      settings: the rules.
-
-    Returns:
-      "repeat" the period, or go on to the "next_period" or "next_stage", or "stop".
-    """
-    if not records:
-        refuse("decide", "records", "must hold at least one attempt", records)
-    last = records[-1]
-    if last.repeat < settings.max_repeats and _is_worse(records, settings):
-        return "repeat"
-    best = {
-        p: min(r.validation for r in records if (r.stage, r.period) == (last.stage, p))
-        for p in range(last.period + 1)
-    }
-    age = last.period - min(best, key=lambda period: best[period])
-    done = last.period + 1
-    old = done >= settings.min_periods and age >= settings.patience
-    over = old or done >= settings.max_periods
-    fixed = settings.periods[last.stage] if settings.periods else None
-    if not (over if fixed is None else done >= fixed):
-        return "next_period"
-    return "stop" if last.stage + 1 == settings.num_stages else "next_stage"
 
 
 def curriculum(
@@ -252,48 +150,11 @@ def curriculum(
         done.append(attempt(place, start))
         if on_period is not None:
             on_period(*done[-1])
-    accepted = _accept(done, settings)
+    accepted = accept(done, settings)
     judge = None if gate is None else lambda theta: gate(theta, key_gate, data)
     (_, state), passed = _select(accepted, len(stages), judge)
     records = tuple(record for record, _ in accepted)
     return CurriculumResult(state, state.theta, records, passed)
-
-
-def _is_worse(records: Sequence[PeriodRecord], settings: Settings) -> bool:
-    """Whether the last attempt made things much worse than they were."""
-    last = records[-1]
-    if last.stage == 0 and last.period == 0:
-        return False
-    if last.period:
-        before = [
-            r for r in records if (r.stage, r.period) == (last.stage, last.period - 1)
-        ]
-        value = last.validation
-    else:
-        before = [r for r in records if r.stage == last.stage - 1]
-        by_train = settings.stage_reference == "train"
-        value = last.train_loss if by_train else last.validation
-    reference = min(record.validation for record in before)
-    # NaN and +∞ are worse than anything, but for a reference that is no better; ∞ · 0
-    # in the second comparison has no value
-    fine = value <= reference
-    fine = fine or value <= reference + settings.repeat_threshold * abs(reference)
-    return not fine
-
-
-def _accept(done: Sequence[Attempt], settings: Settings) -> list[Attempt]:
-    """Sets `accepted`: of each period the last attempt, or the best if all failed."""
-    accepted, seen = [], []
-    for _, group in itertools.groupby(done, key=lambda pair: pair[0][:2]):
-        attempts = list(group)
-        records = [record for record, _ in attempts]
-        seen += records
-        failed = records[-1].repeat == settings.max_repeats
-        chosen = records[-1]
-        if failed and _is_worse(seen, settings):
-            chosen = min(records, key=lambda record: record.validation)
-        accepted += [(r._replace(accepted=r is chosen), s) for r, s in attempts]
-    return accepted
 
 
 def _what_next(
@@ -307,7 +168,7 @@ def _what_next(
         return (0, 0, 0), begun
     last = done[-1][0]
     decision = decide([record for record, _ in done], settings)
-    accepted = [pair for pair in _accept(done, settings) if pair[0].accepted]
+    accepted = [pair for pair in accept(done, settings) if pair[0].accepted]
     if decision == "stop":
         return None, begun
     if decision == "repeat":
