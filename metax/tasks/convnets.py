@@ -60,7 +60,7 @@ class ConvNet(nn.Module):
     Attributes:
       layers: the convolutions in order.
       num_classes: how many logits.
-      conv: how to convolve, see `Conv.impl`; in evaluation "auto" is "lax".
+      conv: how to convolve, see `Conv.impl`.
     """
 
     layers: tuple[Layer, ...]
@@ -74,11 +74,10 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Logits [batch, num_classes] of images [batch, height, width, channels]."""
-        impl = _impl(self.conv, train)
         height, width = (_seen(size, self.layers) for size in x.shape[1:3])
         x = x[:, :height, :width]
         for layer in self.layers:
-            x = Conv(layer.features, layer.size, layer.stride, impl=impl)(x)
+            x = Conv(layer.features, layer.size, layer.stride, impl=self.conv)(x)
             # ReLU and the maximum commute; this order has a quarter of the work, and
             # no ties between zeros, so the gradient is the same
             x = nn.relu(max_pool(x, 2) if layer.pool else x)
@@ -100,7 +99,7 @@ class ResNet(nn.Module):
     Attributes:
       blocks: residual blocks in each group.
       num_classes: how many logits.
-      conv: how to convolve, see `Conv.impl`; in evaluation "auto" is "lax".
+      conv: how to convolve, see `Conv.impl`.
     """
 
     blocks: int
@@ -122,14 +121,14 @@ class ResNet(nn.Module):
         return _dense(x.mean((1, 2)), self.num_classes)
 
     def _block(self, x: jax.Array, width: int, train: bool) -> jax.Array:
-        impl = _impl(self.conv, train)
-        projected = x if x.shape[-1] == width else Conv(width, 1, impl=impl)(x)
+        same = x.shape[-1] == width
+        projected = x if same else Conv(width, 1, impl=self.conv)(x)
         for _ in range(2):
             x = self._conv_norm_relu(x, width, train)
         return projected + x
 
     def _conv_norm_relu(self, x: jax.Array, width: int, train: bool) -> jax.Array:
-        x = Conv(width, 3, padding="SAME", impl=_impl(self.conv, train))(x)
+        x = Conv(width, 3, padding="SAME", impl=self.conv)(x)
         return nn.relu(BatchNorm()(x, train=train))
 
 
@@ -147,12 +146,6 @@ def _seen(size: int, layers: tuple[Layer, ...]) -> int:
         size = 2 * size if layer.pool else size
         size = (size - 1) * layer.stride + layer.size
     return size
-
-
-def _impl(conv: str, train: bool) -> str:
-    # a forward pass alone is faster by XLA's convolution, and holds no patches:
-    # 0.05 GB, not 1 GB, for a thousand images through the deepest of `ConvNet`s
-    return "lax" if conv == "auto" and not train else conv
 
 
 def _dense(x: jax.Array, features: int) -> jax.Array:

@@ -64,7 +64,7 @@ def cut(inputs: Any, targets: Any, squares: Any, sizes: tuple[int, ...]) -> Five
         noise = squares[rows].mean().astype(np.float32)
         return Split(inputs=inputs[rows], targets=targets[rows], noise=noise)
 
-    return FiveWay(*map(part, np.cumsum(sizes), sizes))
+    return FiveWay(*map(part, np.cumsum(sizes).tolist(), sizes))
 
 
 def join_splits(*splits: Split) -> Split:

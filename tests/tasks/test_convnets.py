@@ -119,14 +119,14 @@ def test_a_resnet_has_a_norm_for_every_convolution_but_projections():
         assert names.count("Dense") == 1
 
 
-def test_evaluation_holds_no_patches_unless_told_to():
-    x = jnp.zeros((1, 6, 6, 1))
+def test_coloured_images_are_not_unfolded_unless_told_to():
+    x = jnp.zeros((1, 6, 6, 3))
 
     def num_convolutions(conv):
         model = ConvNet((Layer(2, 3), Layer(2, 3)), conv=conv)
         variables = jax.eval_shape(lambda: model.init(KEY, x, train=False))
         apply = lambda variables: model.apply(variables, x, train=False)
-        return str(jax.make_jaxpr(apply)(variables)).count("conv_general_dilated[")
+        return jax.jit(apply).lower(variables).as_text().count("stablehlo.convolution")
 
     assert num_convolutions("auto") == 2
     assert num_convolutions("gemm") == 0
