@@ -15,14 +15,12 @@ restart is in it. All cases run in turn, round after round. Columns:
     s        seconds to compile
     goal     of the project, for the column named
 
-Prediction, by operations: an inner step without teachers is 4.0 GF with remat (0.29 f0,
-0.88 gradient, 1.98 its derivative, .61 LSTM and what is recomputed), each teacher 0.88;
-at the 60 to 100 GF/s of one core that is 40 to 67 CPU-ms, and 55 to 96 with two
-teachers. Everything above it is passes over memory: 0.4 GB a step, about 40 CPU-ms.
-Measured (RESULTS.md): more than the 80 to 107 CPU-ms, and the 95 to 136, of both parts.
-By a profile, made once: passes over memory between the products take longer than that,
-one of them since XLA works a sum over the 18,122 coordinates anew into a loop over 1.4
-million activations.
+Prediction, by operations as XLA counts them: an inner step without teachers is 3.6 GF
+with remat (0.24 f0, 0.70 gradient, 1.58 its derivative, 0.20 LSTM, 0.83 its derivative
+and what is computed again), each teacher 0.70; at the 60 to 100 GF/s of one core that
+is 36 to 60 CPU-ms, and 50 to 83 with two teachers. Passes over memory, 0.4 GB a step,
+add about 40. RESULTS.md has the figures measured: within 76 to 100, and at the upper
+end of 90 to 123 with teachers.
 
 What peers take is printed beside it. The figures of google/learned_optimization, its
 own truncated step over the same problem and K = 20, were measured by the authors of
