@@ -299,6 +299,10 @@ SECTIONS = {
         "Optimizer amalgamation: an MLP on MNIST",
         sections_optimizers.evaluations,
     ),
+    "amalgamation_transfer_train": (
+        "Optimizer amalgamation: the paper's CNN on MNIST",
+        sections_optimizers.evaluations,
+    ),
     "amalgamation_stability": (
         "Optimizer amalgamation: replicates and perturbations",
         sections_optimizers.stability,
