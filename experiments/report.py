@@ -311,6 +311,10 @@ SECTIONS = {
         "Optimizer amalgamation: time and memory",
         sections_optimizers.benchmark,
     ),
+    "amalgamation_peer": (
+        "Optimizer amalgamation: beside learned_optimization",
+        sections_optimizers.peer,
+    ),
     **sections_autoloss.SECTIONS,
     **sections_harness.SECTIONS,
 }

@@ -162,6 +162,30 @@ def benchmark(record: dict) -> list[str]:
     ]
 
 
+def peer(record: dict) -> list[str]:
+    """A truncated gradient here and by google/learned_optimization, in one process."""
+    heads = ("truncated gradient", "CPU-s a step", "ms a step", "MB", "s to compile",
+             "CPU, over ours")  # fmt: skip
+    rows = {row["case"]: row for row in record["rows"]}
+    forms = (("cpu", ".3f"), ("ms", ".0f"), ("MB", ".0f"), ("s", ".1f"))
+    cells = [
+        (name, *(text(row[q], form) for q, form in forms), text(row["ratio"], ".2f"))
+        for name, row in rows.items()
+    ]
+    _, (_, as_shipped, goal), (_, same, goal_same) = BENCHMARK_GOALS[1:]
+    return [
+        "The CNN of the paper, batch 128, K = 20, second order, no teachers; in turn,",
+        "round after round. As shipped: its RNN-MLP on Haiku's convolutions. RNNProp:",
+        "that of metax as one of its learned optimizers, with those, and with the",
+        "optimizee of metax and so the same convolutions.",
+        "",
+        *table(heads, cells),
+        "",
+        _reached(as_shipped, rows["as shipped"]["ratio"], "shipped", goal),
+        _reached(same, rows["RNNProp, optimizee"]["ratio"], "equal", goal_same),
+    ]
+
+
 def _verdicts(problems: list[str], lines: list[dict]) -> list[str]:
     """How far each learned optimizer is from the oracle, and which rules it beats."""
     cells: dict[str, dict[str, str]] = {}

@@ -1,11 +1,13 @@
 """The sections of RESULTS.md on learned optimizers say what their summaries hold."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks import amalgamation_peer
 from experiments import report, sections_amalgamation, sections_optimizers
 
 CONFIG = {"num_evaluations": 2, "num_steps": 275, "gate_steps": 2000}
@@ -166,6 +168,33 @@ def test_the_benchmark_says_which_goals_were_reached():
     assert "| adam | 1,000 | 0.10 | 8 |" in text
 
 
+def test_the_peer_is_compared_with_by_its_ratios():
+    cases = {"metax": 1.0, "as shipped": 11.5, "RNNProp, as shipped": 12.0,
+             "RNNProp, optimizee": 1.1}  # fmt: skip
+    rows = [
+        {"case": case, "cpu": 0.1 * ratio, "ms": 50.0, "MB": 160.0, "s": 9.0,
+         "ratio": ratio}
+        for case, ratio in cases.items()
+    ]  # fmt: skip
+    text = "\n".join(sections_optimizers.peer({"rows": rows}))
+    assert "| RNNProp, as shipped | 1.200 | 50 | 160 | 9.0 | 12.00 |" in text
+    assert "as shipped, at least 8: 11.5, reached" in text
+    assert "at least 1.2: 1.1, **not reached**" in text
+
+
+def test_what_is_no_peer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"amalgamation_peer --source.*nowhere"):
+        amalgamation_peer.main(["--source", "nowhere"])
+    (tmp_path / "learned_optimization").mkdir()
+    path = list(sys.path)
+    needed = ("metax_has_no_such_module",)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(amalgamation_peer, "NEEDED", needed)
+        with pytest.raises(ValueError, match="metax_has_no_such_module"):
+            amalgamation_peer.main(["--source", str(tmp_path)])
+    assert sys.path == path
+
+
 def test_the_report_has_the_sections():
     titles = [title for title, _ in report.SECTIONS.values()]
-    assert sum(title.startswith("Optimizer amalgamation") for title in titles) == 6
+    assert sum(title.startswith("Optimizer amalgamation") for title in titles) == 8
