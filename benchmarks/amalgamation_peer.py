@@ -7,9 +7,9 @@
 The peer's release cannot be installed; its source runs from a clone, with stand-ins for
 what it imports and this does not use (TensorFlow and others, where they are missing).
 Both take the paper's CNN of 18,122 parameters, batch 128 of random images, K = 20,
-second order; the peer by its vectorised truncated step with one task and `TruncatedGrad`,
-which keeps every step's residuals, metax by `amalgamate` without teachers, which
-computes steps again. All run in turn, round after round. Columns as in
+second order: the peer by its vectorised truncated step with one task and its
+`TruncatedGrad`, which keeps every step's residuals, metax by `amalgamate` without
+teachers, which computes steps again. All run in turn, round after round. Columns as in
 `benchmarks.amalgamation`; `peer/ours` is in CPU seconds. Rows of the peer:
 
     as shipped            its RNN-MLP on Haiku's convolutions
