@@ -143,7 +143,8 @@ def test_choice_trains_a_policy_then_a_student_and_reuses_the_policy(
     config, _ = amalgamate.parse(amalgamate.Config, argv=argv)
     optimizee, data, _ = problem("Digits", None)
     key = jax.random.key(0)
-    teacher = amalgamate.choice_teacher(config, optimizee, data, tmp_path, 0, key)
+    one = (config, optimizee, data, tmp_path, 0, key)
+    teacher = amalgamate.choice_teacher(*one, mesh=None)
     assert teacher.init({"w": np.ones(3)}) is not None
 
 
