@@ -15,12 +15,12 @@ restart is in it. All cases run in turn, round after round. Columns:
     s        seconds to compile
     goal     of the project, for the column named
 
-Prediction, by operations as XLA counts them: an inner step without teachers is 3.6 GF
-with remat (0.24 f0, 0.70 gradient, 1.58 its derivative, 0.20 LSTM, 0.83 its derivative
-and what is computed again), each teacher 0.70; at the 60 to 100 GF/s of one core that
-is 36 to 60 CPU-ms, and 50 to 83 with two teachers. Passes over memory, 0.4 GB a step,
-add about 40. RESULTS.md has the figures measured: within 76 to 100, and at the upper
-end of 90 to 123 with teachers.
+What to expect, by operations as XLA counts them: an inner step without teachers is
+3.6 GF with remat (0.24 f0, 0.70 gradient, 1.58 its derivative, 0.20 LSTM, 0.83 its
+derivative and what is computed again), each teacher 0.70; at the 60 to 100 GF/s of one
+core that is 36 to 60 CPU-ms, and 50 to 83 with two teachers. Passes over memory, 0.4 GB
+a step, add about 40: 76 to 100 in all, and 90 to 123. This was counted beside the
+measurement, which lies within the first and at the end of the second (RESULTS.md).
 
 What peers take is printed beside it. The figures of google/learned_optimization, its
 own truncated step over the same problem and K = 20, were measured by the authors of
@@ -115,6 +115,13 @@ def compile_case(case: Case, data: Any, batch_size: int, length: int) -> Compile
     return Compiled(step, state, seconds, memory.temp_size_in_bytes / 2**20)
 
 
+def random_images(num: int) -> dict[str, jax.Array]:
+    """In the form and the range of MNIST."""
+    keys = jax.random.split(jax.random.key(0))
+    image = jax.random.randint(keys[0], (num, 28, 28, 1), 0, 256).astype(jnp.uint8)
+    return {"image": image, "label": jax.random.randint(keys[1], (num,), 0, 10)}
+
+
 def clock(run: Callable[[], Any]) -> tuple[float, float]:
     """CPU and wall seconds of one call."""
     cpu, wall = time.process_time(), time.perf_counter()
@@ -124,10 +131,7 @@ def clock(run: Callable[[], Any]) -> tuple[float, float]:
 
 def measure(rounds: int, quick: bool) -> list[dict[str, Any]]:
     """The rows of the table of truncations."""
-    size = 64 if quick else 1024
-    keys = jax.random.split(jax.random.key(0))
-    image = jax.random.randint(keys[0], (size, 28, 28, 1), 0, 256).astype(jnp.uint8)
-    data = {"image": image, "label": jax.random.randint(keys[1], (size,), 0, 10)}
+    data = random_images(64 if quick else 1024)
     if quick:
         data = jax.tree.map(lambda leaf: jnp.concatenate([leaf] * 2), data)
     cases = CASES[:2] if quick else CASES

@@ -16,9 +16,10 @@ teachers, which computes steps again. All run in turn, round after round. Column
     RNNProp, as shipped   metax's RNNProp as one of its learned optimizers, likewise
     RNNProp, optimizee    and with the optimizee of metax: the same convolutions
 
-Prediction: XLA's own convolution costs 15 times ours when it is differentiated twice in
-a loop, so an order of magnitude as shipped; with the same convolutions both do the same
-products but for the peer's extra work of keeping 1 GB, so a fifth to a third more.
+What to expect: XLA's own convolution, differentiated twice in a loop, is an order of
+magnitude slower than ours ("lax convolution" in `benchmarks.amalgamation`), so as much
+as shipped; with the same convolutions both make the same products, and what remains is
+the keeping of 1 GB.
 """
 
 import argparse
@@ -37,7 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.amalgamation import CASES, clock, compile_case
+from benchmarks.amalgamation import CASES, clock, compile_case, random_images
 from metax.amalgamation import rnnprop
 from metax.harness import create_run, write_summary
 from metax.tasks import optimizees
@@ -216,11 +217,9 @@ def peer_row(peer: dict[str, Any], task: Any, learned: Any) -> Row:
 
 def our_row() -> Row:
     """`benchmarks.amalgamation`'s first case."""
-    keys = jax.random.split(jax.random.key(0))
-    image = jax.random.randint(keys[0], (1024, 28, 28, 1), 0, 256).astype(jnp.uint8)
-    data = {"image": image, "label": jax.random.randint(keys[1], (1024,), 0, 10)}
+    data = random_images(1024)
     ours = compile_case(CASES[0], data, BATCH, LENGTH)
-    run = functools.partial(ours.step, ours.state, keys[0], data)
+    run = functools.partial(ours.step, ours.state, jax.random.key(0), data)
     return Row(run, ours.seconds, ours.megabytes)
 
 
